@@ -1,0 +1,39 @@
+// One prompt on its way through the engine: what is asked, and what came of it.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/time/time.h"
+#include "engine/attention_options.h"
+#include "engine/sampling.h"
+#include "kernels/attention_params.h"
+
+namespace headstart {
+
+struct PrefillJob {
+  std::string request_id;
+  std::vector<int32_t> token_ids;
+  AttentionPreset preset = AttentionPreset::kBalanced;  // what `attention` started from, for provenance
+  ProxyAttnOptions attention;
+  SamplingOptions sampling;
+  absl::Time deadline = absl::InfiniteFuture();
+  // Set by whoever gives up on the job; read between layers.
+  std::atomic<bool> cancelled{false};
+};
+
+struct PrefillResult {
+  SampledToken first_token;
+  std::vector<float> layer_density;  // executed / causal blocks
+  int64_t executed_blocks = 0;
+  int64_t causal_blocks = 0;
+  int64_t dense_fallbacks = 0;
+  double selection_seconds = 0;
+  double attention_seconds = 0;
+  double sink_seconds = 0;     // inside KvSink: waiting for the reader
+  double total_seconds = 0;    // inside RunPrefill
+};
+
+}  // namespace headstart
