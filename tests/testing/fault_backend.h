@@ -1,0 +1,93 @@
+// A backend in which tests can stop, fail or spoil single operations of another one.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
+#include "kernels/backend.h"
+
+namespace headstart::testing {
+
+// One call of a Backend function.
+struct BackendCall {
+  absl::string_view op;  // name of the function: "Allocate", "Linear", "Attention", "ReadKv", …
+  // Layer of the forward pass that runs: 0 from Embed on, one more with the first operation after
+  // the ReadKv calls of a layer; Attention and SelectBlocks set it from their arguments.
+  // -1 before the first Embed (loading).
+  int32_t layer = -1;
+  int64_t bytes = 0;  // Allocate, Upload, Download, ReadKv
+};
+
+// Wraps `inner` and passes everything on to it. Hooks may be set from any thread; they run on the
+// thread that calls the backend.
+class FaultBackend : public Backend {
+ public:
+  // Runs before the call. May block (on an absl::Notification, to hold a layer). When it returns an
+  // error the call does not happen and returns this error.
+  using Hook = std::function<absl::Status(const BackendCall&)>;
+
+  explicit FaultBackend(std::unique_ptr<Backend> inner) : inner_(std::move(inner)) {}
+
+  void SetHook(Hook hook);
+  // From now on the first value that `op` (Embed, RmsNorm, Linear, SwiGlu or Attention) writes in
+  // `layer` is replaced by a NaN. An empty op ends it.
+  void PoisonOutput(absl::string_view op, int32_t layer);
+  // Calls of `op` so far.
+  int64_t CountCalls(absl::string_view op) const;
+
+  std::string name() const override { return inner_->name(); }
+  std::string device() const override { return inner_->device(); }
+  DType compute_dtype() const override { return inner_->compute_dtype(); }
+  DType residual_dtype() const override { return inner_->residual_dtype(); }
+  absl::StatusOr<Buffer> Allocate(int64_t bytes) override;
+  absl::Status Upload(const void* host, int64_t bytes, void* device) override;
+  absl::Status Download(const void* device, int64_t bytes, void* host) override;
+  absl::StatusOr<std::unique_ptr<LinearWeight>> PrepareLinear(
+      absl::Span<const HostTensor> parts, absl::Span<const HostTensor> biases) override;
+  absl::StatusOr<Buffer> PrepareVector(const HostTensor& vector) override;
+  absl::StatusOr<Buffer> PrepareTable(const HostTensor& table) override;
+  absl::StatusOr<std::unique_ptr<RopeTable>> PrepareRope(absl::Span<const float> inv_freq,
+                                                         float scaling,
+                                                         int64_t max_positions) override;
+  absl::Status Embed(absl::Span<const int32_t> ids, const Buffer& table, Matrix out) override;
+  absl::Status RmsNorm(Matrix x, const Buffer& weight, float eps, Matrix out) override;
+  absl::Status Linear(const LinearWeight& weight, Matrix in, Matrix out,
+                      LinearOutput mode) override;
+  absl::Status RopeAndStoreKv(const RopeArgs& args) override;
+  absl::Status SelectBlocks(const SelectArgs& args) override;
+  absl::Status Attention(const AttentionArgs& args) override;
+  absl::Status SwiGlu(Matrix gate_up, Matrix out) override;
+  absl::Status ReadKv(const KvPages& kv, int64_t token_begin, int64_t token_count,
+                      absl::Span<std::byte> out) override;
+  absl::StatusOr<BlockSelection> ReadSelection() override;
+  void ResetStats(int32_t num_layers) override { inner_->ResetStats(num_layers); }
+  absl::StatusOr<BackendStats> ReadStats() override;
+
+ private:
+  // The inner backend's buffers name it as their owner, so none comes back here.
+  void Free(void*) override {}
+
+  // Counts the call, follows the layer and runs the hook.
+  absl::Status Before(absl::string_view op, int64_t bytes = 0);
+  // Spoils `out` when the test wants it.
+  absl::Status After(absl::string_view op, Matrix out);
+
+  std::unique_ptr<Backend> inner_;
+  mutable absl::Mutex mutex_;
+  Hook hook_ ABSL_GUARDED_BY(mutex_);
+  std::string poisoned_op_ ABSL_GUARDED_BY(mutex_);
+  int32_t poisoned_layer_ ABSL_GUARDED_BY(mutex_) = -1;
+  std::map<std::string, int64_t, std::less<>> calls_ ABSL_GUARDED_BY(mutex_);
+  int32_t layer_ ABSL_GUARDED_BY(mutex_) = -1;
+  bool layer_was_read_ ABSL_GUARDED_BY(mutex_) = false;
+};
+
+}  // namespace headstart::testing
