@@ -74,8 +74,7 @@ KvRows LoadKv(const KvPages& pages, int64_t num_tokens);
 
 // Causal GQA attention, scale 1 / sqrt(head_dim). q: [n, H d], its row r at position first_position
 // + r; kv: at least the tokens [0, first_position + n). With a selection (may be null: dense), head
-// h of block row m sees the first Count(h, m) blocks of its proxy's ranking only; first_position is
-// then selection->first_row * kBlockTokens.
+// h of block row m sees the first Count(h, m) blocks of its proxy's ranking only.
 HostMatrix Attention(const HostMatrix& q, const KvRows& kv, const HeadShape& shape,
                      int64_t first_position, const BlockSelection* selection);
 

@@ -5,12 +5,12 @@
 //    rounded to the storage type (the type of the KV pages).
 //  * The diagonal block is always forced, also with sink_blocks = local_blocks = 0.
 //  * A mass that never reaches gamma, and gamma = 1, ask for every block.
-//  * A budget that comes from an earlier chunk is a ratio of key blocks; of num_key_blocks it is
-//    ceil(ratio * num_key_blocks - 2^-10), so that the rounding of a float ratio adds no block.
+//  * budget_ratio is the greatest (blocks that reach gamma) / (key blocks) of all chunks so far, as
+//    float; the budget is ceil(budget_ratio * key blocks - 2^-10), so that rounding adds no block.
 //  * The floor is ceil(floor_tokens / kBlockTokens) blocks. It is not part of budget_ratio.
 //  * dense_below_tokens is compared with the tokens so far, this chunk included. It, dense_layers
 //    and forced_density leave budget_ratio as it is.
-//  * forced_density f: K is the least count for which the sum over the rows of min(m + 1, K) reaches
+//  * forced_density f: K is the least count for which the rows' sum of min(m + 1, K) reaches
 //    f times their causal blocks; no floor. The dense tail and dense_above_density still apply.
 //  * dense_above_density is compared with all kept blocks of the chunk: over all heads, with the
 //    dense tail.
