@@ -40,8 +40,9 @@ class Engine {
   absl::Status Validate(const PrefillJob& job) const;
 
   // Runs one job on the calling thread; one at a time. The sink gets every chunk of every layer. On error nothing of the
-  // job stays behind. CANCELLED, DEADLINE_EXCEEDED (seen between layers), RESOURCE_EXHAUSTED, INTERNAL (non-finite
-  // values), or whatever the sink returned.
+  // job stays behind. CANCELLED, DEADLINE_EXCEEDED (seen between layers), RESOURCE_EXHAUSTED, NonFiniteError
+  // (kernels/base/nonfinite.h), whatever the sink returned, or another INTERNAL: then the backend is lost and the engine
+  // of no further use.
   absl::StatusOr<PrefillResult> RunPrefill(const PrefillJob& job, KvSink& sink);
 
   const EngineOptions& options() const;       // resolved: no zeros left

@@ -20,7 +20,7 @@ struct SampledToken {
   float logprob = 0.0f;  // natural, at temperature 1, over the whole vocabulary
 };
 
-// Ties of the greedy choice go to the lower id. INTERNAL when a logit is not finite.
+// Ties of the greedy choice go to the lower id. NonFiniteError when a logit is not finite.
 absl::StatusOr<SampledToken> SampleToken(absl::Span<const float> logits, const SamplingOptions& options);
 
 }  // namespace headstart

@@ -164,7 +164,7 @@ class Backend {
   // ---- results
   // Copies tokens [token_begin, token_begin + token_count) of the pages to host memory as K, then V, each
   // [num_kv_heads][token_count][head_dim]. token_begin: multiple of kBlockTokens.
-  // INTERNAL when a copied value is not finite.
+  // NonFiniteError (kernels/base/nonfinite.h) when a copied value is not finite.
   virtual absl::Status ReadKv(const KvPages& kv, int64_t token_begin, int64_t token_count,
                               absl::Span<std::byte> out) = 0;
   // What the last SelectBlocks kept.
