@@ -3,7 +3,6 @@
 
 #include <bit>
 #include <cstdint>
-#include <string_view>
 
 namespace headstart {
 
@@ -13,7 +12,7 @@ constexpr int64_t DTypeBytes(DType dtype) {
   return dtype == DType::kF32 || dtype == DType::kI32 ? 4 : 2;
 }
 
-constexpr std::string_view DTypeName(DType dtype) {
+constexpr const char* DTypeName(DType dtype) {
   switch (dtype) {
     case DType::kF32: return "f32";
     case DType::kBF16: return "bf16";

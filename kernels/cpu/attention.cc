@@ -1,0 +1,187 @@
+#include "kernels/cpu/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels/base/dtype.h"
+#include "kernels/base/status_macros.h"
+#include "kernels/cpu/parallel.h"
+
+namespace headstart {
+namespace {
+
+// Up to this many query rows attention reads the pages as they are; packing them would cost more.
+constexpr int64_t kMaxDirectRows = 4;
+
+int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+const char* PageOf(const KvPages& kv, int64_t block, int32_t kv_head, bool values) {
+  const int64_t elements = kv.page_table[block] * kv.page_elements() +
+                           (values ? kv.plane_elements() : 0) +
+                           int64_t{kv_head} * kBlockTokens * kv.shape.head_dim;
+  return static_cast<const char*>(kv.pages) + elements * DTypeBytes(kv.dtype);
+}
+
+// Joins the partial results of one row and head, in order. partials: `num_splits` times head_dim +
+// 2 values (see RowArgs), `stride` apart.
+template <typename T>
+void JoinPartials(const float* partials, int64_t stride, int64_t num_splits, int64_t head_dim,
+                  T* out) {
+  float greatest = partials[head_dim];
+  for (int64_t s = 1; s < num_splits; ++s) {
+    greatest = std::max(greatest, partials[s * stride + head_dim]);
+  }
+  float sum = 0;
+  float acc[simd::kMaxHeadDim] = {};
+  for (int64_t s = 0; s < num_splits; ++s) {
+    const float* partial = partials + s * stride;
+    const float factor = std::exp2(partial[head_dim] - greatest);
+    sum += partial[head_dim + 1] * factor;
+    for (int64_t i = 0; i < head_dim; ++i) acc[i] += partial[i] * factor;
+  }
+  for (int64_t i = 0; i < head_dim; ++i) out[i] = T(acc[i] / sum);
+}
+
+int64_t NumSplits(int64_t num_tokens) {
+  return (num_tokens + simd::kRowTokens - 1) / simd::kRowTokens;
+}
+
+}  // namespace
+
+absl::Status CpuAttention::Run(const AttentionArgs& args, const BlockSelection* selection,
+                               LayerStats& stats) {
+  if (selection == nullptr && args.q.rows <= kMaxDirectRows) return RunRows(args, stats);
+  return RunTiles(args, selection, stats);
+}
+
+void CpuAttention::ListTiles(const AttentionArgs& args, const BlockSelection* selection) {
+  tiles_.clear();
+  for (int64_t row = 0; row < args.q.rows; row += kBlockTokens) {
+    const int64_t num_rows = std::min(kBlockTokens, args.q.rows - row);
+    const int64_t causal = NumBlocks(args.first_position + row + num_rows);
+    for (int32_t head = 0; head < args.kv.shape.num_heads; ++head) {
+      const int64_t kept = selection == nullptr ? causal : selection->Count(head, causal - 1);
+      tiles_.push_back({head, row, num_rows, kept, causal});
+    }
+  }
+  // Longest first, so that the threads end together.
+  std::stable_sort(tiles_.begin(), tiles_.end(),
+                   [](const Tile& a, const Tile& b) { return a.num_blocks > b.num_blocks; });
+}
+
+void CpuAttention::PackPages(const AttentionArgs& args, char* packed) const {
+  const HeadShape& shape = args.kv.shape;
+  const int64_t num_tokens = args.first_position + args.q.rows;
+  const int64_t num_blocks = NumBlocks(num_tokens);
+  const int64_t page_bytes = kernels_.packed_page_bytes(shape.head_dim);
+  ParallelFor(num_threads_, shape.num_kv_heads * num_blocks, [&](int64_t i, int32_t) {
+    const auto kv_head = static_cast<int32_t>(i / num_blocks);
+    const int64_t block = i % num_blocks;
+    const int64_t tokens = std::min(kBlockTokens, num_tokens - block * kBlockTokens);
+    char* k = packed + i * 2 * page_bytes;
+    kernels_.pack_k(PageOf(args.kv, block, kv_head, false), tokens, shape.head_dim, k);
+    kernels_.pack_v(PageOf(args.kv, block, kv_head, true), tokens, shape.head_dim, k + page_bytes);
+  });
+}
+
+void CpuAttention::RunTile(const AttentionArgs& args, const BlockSelection* selection,
+                           const Tile& tile, const char* packed, char* scratch) const {
+  const HeadShape& shape = args.kv.shape;
+  const int64_t page_bytes = kernels_.packed_page_bytes(shape.head_dim);
+  const int64_t pages = NumBlocks(args.first_position + args.q.rows);
+  const int64_t first_col = int64_t{tile.head} * shape.head_dim;
+
+  simd::TileArgs t;
+  t.q = args.q.Rows(tile.row, tile.num_rows).Cols(first_col, shape.head_dim).data;
+  t.q_stride = args.q.row_stride;
+  t.num_rows = tile.num_rows;
+  t.first_position = args.first_position + tile.row;
+  t.head_dim = shape.head_dim;
+  t.packed_k = packed + tile.head / shape.group_size() * pages * 2 * page_bytes;
+  t.packed_v = t.packed_k + page_bytes;
+  t.page_stride_bytes = 2 * page_bytes;
+  t.num_blocks = tile.num_blocks;
+  t.out = args.out.Rows(tile.row, tile.num_rows).Cols(first_col, shape.head_dim).data;
+  t.out_stride = args.out.row_stride;
+
+  // The scratch starts with room for the list of kept blocks.
+  auto* blocks = reinterpret_cast<int32_t*>(scratch);
+  t.scratch = scratch + RoundUp(pages * int64_t{sizeof(int32_t)}, 64);
+  if (tile.num_blocks < tile.causal_blocks) {
+    const int32_t proxy = tile.head / (selection->num_heads / selection->num_proxies);
+    const int32_t* ranking = selection->Ranking(proxy, tile.causal_blocks - 1);
+    std::copy(ranking, ranking + tile.num_blocks, blocks);
+    std::sort(blocks, blocks + tile.num_blocks);
+    t.blocks = blocks;
+  }
+  kernels_.tile(t);
+}
+
+absl::Status CpuAttention::RunTiles(const AttentionArgs& args, const BlockSelection* selection,
+                                    LayerStats& stats) {
+  const HeadShape& shape = args.kv.shape;
+  const int64_t pages = NumBlocks(args.first_position + args.q.rows);
+  const int64_t scratch_bytes = RoundUp(pages * int64_t{sizeof(int32_t)}, 64) +
+                                RoundUp(kernels_.tile_scratch_bytes(shape.head_dim), 64);
+  HEADSTART_ASSIGN_OR_RETURN(
+      char* const packed,
+      packed_.Get(2 * pages * shape.num_kv_heads * kernels_.packed_page_bytes(shape.head_dim)));
+  HEADSTART_ASSIGN_OR_RETURN(char* const scratch, tile_scratch_.Get(num_threads_ * scratch_bytes));
+  PackPages(args, packed);
+  ListTiles(args, selection);
+  ParallelFor(num_threads_, static_cast<int64_t>(tiles_.size()), [&](int64_t i, int32_t thread) {
+    RunTile(args, selection, tiles_[i], packed, scratch + thread * scratch_bytes);
+  });
+  for (const Tile& tile : tiles_) {
+    stats.executed_blocks += tile.num_blocks;
+    stats.causal_blocks += tile.causal_blocks;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CpuAttention::RunRows(const AttentionArgs& args, LayerStats& stats) {
+  const HeadShape& shape = args.kv.shape;
+  const int64_t tokens = args.first_position + args.q.rows;
+  const int64_t splits = NumSplits(tokens);
+  const int64_t group = shape.group_size();
+  const int64_t partial_size = shape.head_dim + 2;
+  // [row][kv head][split][head of the group][partial_size]
+  const int64_t row_size = shape.num_heads * splits * partial_size;
+  HEADSTART_ASSIGN_OR_RETURN(char* const memory,
+                             partials_.Get(args.q.rows * row_size * int64_t{sizeof(float)}));
+  auto* partials = reinterpret_cast<float*>(memory);
+
+  ParallelFor(num_threads_, args.q.rows * shape.num_kv_heads * splits, [&](int64_t i, int32_t) {
+    const int64_t row = i / splits / shape.num_kv_heads;
+    simd::RowArgs r;
+    r.kv_head = static_cast<int32_t>(i / splits % shape.num_kv_heads);
+    r.token_begin = i % splits * simd::kRowTokens;
+    r.token_end = std::min(r.token_begin + simd::kRowTokens, args.first_position + row + 1);
+    if (r.token_begin >= r.token_end) return;
+    r.q = args.q.Rows(row, 1).Cols(r.kv_head * group * shape.head_dim, 0).data;
+    r.group_size = group;
+    r.head_dim = shape.head_dim;
+    r.kv = &args.kv;
+    r.partial = partials + i * group * partial_size;
+    kernels_.row(r);
+  });
+  for (int64_t row = 0; row < args.q.rows; ++row) {
+    for (int32_t head = 0; head < shape.num_heads; ++head) {
+      const float* first =
+          partials + row * row_size + (head / group * splits * group + head % group) * partial_size;
+      const int64_t row_splits = NumSplits(args.first_position + row + 1);
+      const Matrix out = args.out.Rows(row, 1).Cols(int64_t{head} * shape.head_dim, shape.head_dim);
+      if (out.dtype == DType::kF32) {
+        JoinPartials(first, group * partial_size, row_splits, shape.head_dim, out.Row<float>(0));
+      } else {
+        JoinPartials(first, group * partial_size, row_splits, shape.head_dim, out.Row<BFloat16>(0));
+      }
+    }
+  }
+  stats.executed_blocks += shape.num_heads * NumBlocks(tokens);
+  stats.causal_blocks += shape.num_heads * NumBlocks(tokens);
+  return absl::OkStatus();
+}
+
+}  // namespace headstart

@@ -1,0 +1,56 @@
+// Causal GQA attention on the CPU, dense or over the blocks of a selection.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "kernels/backend.h"
+#include "kernels/cpu/memory.h"
+#include "kernels/cpu/simd/kernel_table.h"
+
+namespace headstart {
+
+// Keeps its working memory between calls; used by one thread at a time.
+//
+// Every output row is computed by one thread in an order that depends on its position and its kept
+// blocks alone: the result does not depend on the number of threads, and a selection of all blocks
+// gives the bits of dense attention.
+class CpuAttention {
+ public:
+  CpuAttention(const simd::AttentionKernels& kernels, int32_t num_threads)
+      : kernels_(kernels), num_threads_(num_threads) {}
+
+  // `selection` is null for dense attention. Adds the blocks that ran to `stats`.
+  // RESOURCE_EXHAUSTED when working memory is short: that of one layer's K and V, and a tile per
+  // thread.
+  absl::Status Run(const AttentionArgs& args, const BlockSelection* selection, LayerStats& stats);
+
+ private:
+  // Query rows [row, row + num_rows) of a head against its first num_blocks causal blocks or, where
+  // fewer are kept, against those of the selection.
+  struct Tile {
+    int32_t head;
+    int64_t row;
+    int64_t num_rows;
+    int64_t num_blocks;
+    int64_t causal_blocks;
+  };
+
+  absl::Status RunTiles(const AttentionArgs& args, const BlockSelection* selection,
+                        LayerStats& stats);
+  absl::Status RunRows(const AttentionArgs& args, LayerStats& stats);
+  void ListTiles(const AttentionArgs& args, const BlockSelection* selection);
+  void PackPages(const AttentionArgs& args, char* packed) const;
+  void RunTile(const AttentionArgs& args, const BlockSelection* selection, const Tile& tile,
+               const char* packed, char* scratch) const;
+
+  const simd::AttentionKernels& kernels_;
+  const int32_t num_threads_;
+  std::vector<Tile> tiles_;
+  Scratch packed_;
+  Scratch tile_scratch_;
+  Scratch partials_;
+};
+
+}  // namespace headstart

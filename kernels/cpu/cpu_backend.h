@@ -1,0 +1,73 @@
+// Backend for machines without a GPU: oneDNN for matrix products, own SIMD kernels for the rest,
+// threaded with OpenMP. Operations are done when they return.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "kernels/cpu/attention.h"
+#include "kernels/cpu/gemm_onednn.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/simd/kernel_table.h"
+
+namespace headstart {
+
+class CpuBackend : public Backend {
+ public:
+  // INVALID_ARGUMENT when bf16 is asked for and the CPU (or HEADSTART_CPU_ISA) has no AVX512-BF16,
+  // or num_threads is negative.
+  static absl::StatusOr<std::unique_ptr<CpuBackend>> Create(const BackendOptions& options);
+
+  std::string name() const override { return "cpu"; }
+  std::string device() const override { return device_; }
+  DType compute_dtype() const override { return dtype_; }
+  DType residual_dtype() const override { return DType::kF32; }
+
+  absl::StatusOr<Buffer> Allocate(int64_t bytes) override;
+  absl::Status Upload(const void* host, int64_t bytes, void* device) override;
+  absl::Status Download(const void* device, int64_t bytes, void* host) override;
+
+  absl::StatusOr<std::unique_ptr<LinearWeight>> PrepareLinear(
+      absl::Span<const HostTensor> parts, absl::Span<const HostTensor> biases) override;
+  absl::StatusOr<Buffer> PrepareVector(const HostTensor& vector) override;
+  absl::StatusOr<Buffer> PrepareTable(const HostTensor& table) override;
+  absl::StatusOr<std::unique_ptr<RopeTable>> PrepareRope(absl::Span<const float> inv_freq,
+                                                         float scaling,
+                                                         int64_t max_positions) override;
+
+  absl::Status Embed(absl::Span<const int32_t> ids, const Buffer& table, Matrix out) override;
+  absl::Status RmsNorm(Matrix x, const Buffer& weight, float eps, Matrix out) override;
+  absl::Status Linear(const LinearWeight& weight, Matrix in, Matrix out,
+                      LinearOutput mode) override;
+  absl::Status RopeAndStoreKv(const RopeArgs& args) override;
+  absl::Status SelectBlocks(const SelectArgs& args) override;
+  absl::Status Attention(const AttentionArgs& args) override;
+  absl::Status SwiGlu(Matrix gate_up, Matrix out) override;
+
+  absl::Status ReadKv(const KvPages& kv, int64_t token_begin, int64_t token_count,
+                      absl::Span<std::byte> out) override;
+  absl::StatusOr<BlockSelection> ReadSelection() override { return selection_; }
+  void ResetStats(int32_t num_layers) override;
+  absl::StatusOr<BackendStats> ReadStats() override { return stats_; }
+
+ private:
+  CpuBackend(CpuIsa isa, DType dtype, int32_t num_threads, std::unique_ptr<OneDnnGemm> gemm);
+
+  void Free(void* data) override;
+  absl::StatusOr<Buffer> ConvertToBuffer(const HostTensor& tensor, DType dtype);
+  // Checks a layer index and makes room for its counts.
+  absl::StatusOr<LayerStats*> StatsOf(int32_t layer);
+
+  const DType dtype_;
+  const int32_t num_threads_;
+  const std::string device_;
+  const simd::KernelTable& kernels_;
+  std::unique_ptr<OneDnnGemm> gemm_;
+  CpuAttention attention_;
+  BlockSelection selection_;
+  BackendStats stats_;
+};
+
+}  // namespace headstart

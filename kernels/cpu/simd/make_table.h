@@ -1,0 +1,21 @@
+// The table of this translation unit's instruction set. Internal linkage, see vec.h.
+#pragma once
+
+#include "kernels/cpu/simd/attention_row.h"
+#include "kernels/cpu/simd/attention_tile.h"
+#include "kernels/cpu/simd/elementwise.h"
+#include "kernels/cpu/simd/kernel_table.h"
+
+namespace headstart::simd {
+namespace {
+
+template <class Math>
+constexpr KernelTable MakeTable() {
+  using T = typename Math::Element;
+  return {ElementKernelsFor<T>(),
+          {PackedPageBytes<Math>, TileScratch<Math>::Bytes, PackK<Math>, PackV<Math>,
+           AttentionTile<Math>, AttentionRow<T>}};
+}
+
+}  // namespace
+}  // namespace headstart::simd
