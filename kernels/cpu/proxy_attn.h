@@ -3,41 +3,36 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 
 #include "absl/status/status.h"
 #include "kernels/attention_params.h"
 #include "kernels/backend.h"
+#include "kernels/cpu/memory.h"
+#include "kernels/cpu/simd/kernel_table.h"
 
 namespace headstart {
 
-namespace simd {
-struct KernelTable;
-}
-
-// Keeps its working memory between calls: nothing is allocated once it has run at its largest
-// shape.
+// Keeps its working memory between calls; used by one thread at a time. Nothing is allocated once
+// it has run at its largest shape.
 class ProxyAttnSelector {
  public:
   // kernels: of `dtype`, the type of q and of the KV pages; outlives the selector.
-  ProxyAttnSelector(const simd::KernelTable& kernels, DType dtype, int32_t num_threads);
-  ~ProxyAttnSelector();
+  ProxyAttnSelector(const simd::KernelTable& kernels, DType dtype, int32_t num_threads)
+      : kernels_(kernels), dtype_(dtype), num_threads_(num_threads) {}
 
-  // Chooses the key blocks of args.q's query blocks. args: host memory; args.options must be valid
-  // for the shape. Overwrites `selection`, reusing its memory; raises args.budget_ratio.
-  // Sampled keys are recomputed from the pages, so earlier chunks and cached prefixes need nothing
-  // else. What is dense by rule (dense_below_tokens, dense_layers) comes back with all counts m
-  // + 1. The result does not depend on the number of threads, bit for bit. INVALID_ARGUMENT names
-  // the argument that is out of range.
+  // Chooses the key blocks of args.q's query blocks. args: host memory. Overwrites `selection`,
+  // reusing its memory; raises args.budget_ratio. Sampled keys are recomputed from the pages, so
+  // earlier chunks and cached prefixes need nothing else. What is dense by rule
+  // (dense_below_tokens, dense_layers) comes back with all counts m + 1. The result does not depend
+  // on the number of threads, bit for bit. INVALID_ARGUMENT names the argument that is out of
+  // range; RESOURCE_EXHAUSTED when working memory is short.
   absl::Status Select(const SelectArgs& args, BlockSelection& selection);
 
  private:
-  struct Scratch;
-
   const simd::KernelTable& kernels_;
-  DType dtype_;
-  int32_t num_threads_;
-  std::unique_ptr<Scratch> scratch_;
+  const DType dtype_;
+  const int32_t num_threads_;
+  Scratch scratch_;
 };
 
 }  // namespace headstart

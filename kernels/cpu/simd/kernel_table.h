@@ -7,6 +7,7 @@
 #include "kernels/attention_params.h"
 #include "kernels/base/dtype.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/cpu/simd/selection_kernels.h"
 
 namespace headstart::simd {
 
@@ -74,6 +75,7 @@ struct AttentionKernels {
 struct KernelTable {
   ElementKernels element;
   AttentionKernels attention;
+  SelectionKernels selection;
 };
 
 // Tables exist for f32 on every instruction set and for bf16 on kAvx512Bf16; null for the rest, and

@@ -5,6 +5,7 @@
 #include "kernels/cpu/simd/attention_tile.h"
 #include "kernels/cpu/simd/elementwise.h"
 #include "kernels/cpu/simd/kernel_table.h"
+#include "kernels/cpu/simd/selection_tile.h"
 
 namespace headstart::simd {
 namespace {
@@ -14,7 +15,8 @@ constexpr KernelTable MakeTable() {
   using T = typename Math::Element;
   return {ElementKernelsFor<T>(),
           {PackedPageBytes<Math>, TileScratch<Math>::Bytes, PackK<Math>, PackV<Math>,
-           AttentionTile<Math>, AttentionRow<T>}};
+           AttentionTile<Math>, AttentionRow<T>},
+          SelectionKernelsFor<Math>()};
 }
 
 }  // namespace
