@@ -106,6 +106,7 @@ CpuBackend::CpuBackend(CpuIsa isa, DType dtype, int32_t num_threads,
       device_(DescribeDevice(isa, dtype, num_threads)),
       kernels_(*simd::GetKernelTable(isa, dtype)),
       gemm_(std::move(gemm)),
+      selector_(kernels_, dtype, num_threads),
       attention_(kernels_.attention, num_threads) {}
 
 // ---- memory
@@ -260,8 +261,13 @@ absl::StatusOr<LayerStats*> CpuBackend::StatsOf(int32_t layer) {
   return &stats_.layers[layer];
 }
 
-absl::Status CpuBackend::SelectBlocks(const SelectArgs&) {
-  return absl::UnimplementedError("the CPU backend has no block selection yet");
+absl::Status CpuBackend::SelectBlocks(const SelectArgs& args) {
+  const Stopwatch stopwatch(stats_.selection_seconds);
+  HEADSTART_ASSIGN_OR_RETURN(LayerStats* const stats, StatsOf(args.layer));
+  HEADSTART_RETURN_IF_ERROR(CheckHeads(args.kv.shape));
+  HEADSTART_RETURN_IF_ERROR(selector_.Select(args, selection_));
+  if (selection_.dense_fallback) ++stats->dense_fallbacks;
+  return absl::OkStatus();
 }
 
 absl::Status CpuBackend::Attention(const AttentionArgs& args) {

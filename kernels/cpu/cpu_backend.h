@@ -10,6 +10,7 @@
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/gemm_onednn.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/cpu/proxy_attn.h"
 #include "kernels/cpu/simd/kernel_table.h"
 
 namespace headstart {
@@ -65,6 +66,7 @@ class CpuBackend : public Backend {
   const std::string device_;
   const simd::KernelTable& kernels_;
   std::unique_ptr<OneDnnGemm> gemm_;
+  ProxyAttnSelector selector_;
   CpuAttention attention_;
   BlockSelection selection_;
   BackendStats stats_;
