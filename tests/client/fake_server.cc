@@ -1,0 +1,60 @@
+#include "tests/client/fake_server.h"
+
+#include <chrono>
+#include <utility>
+
+#include "google/rpc/error_details.pb.h"
+#include "google/rpc/status.pb.h"
+#include "grpcpp/health_check_service_interface.h"
+#include "grpcpp/security/server_credentials.h"
+#include "grpcpp/server_builder.h"
+
+namespace headstart::testing {
+
+FakeServer::FakeServer(Handler handler) : handler_(std::move(handler)) {
+  grpc::EnableDefaultHealthCheckService(true);
+  grpc::ServerBuilder builder;
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port_);
+  builder.RegisterService(this);
+  server_ = builder.BuildAndStart();
+  SetServing(true);
+}
+
+FakeServer::~FakeServer() { server_->Shutdown(std::chrono::system_clock::now()); }
+
+void FakeServer::SetServing(bool serving) {
+  server_->GetHealthCheckService()->SetServingStatus("headstart.v1.PrefillService", serving);
+}
+
+grpc::Status FakeServer::Prefill(grpc::ServerContext* context, const v1::PrefillRequest* request,
+                                 PrefillWriter* writer) {
+  last_request_ = *request;
+  return handler_(++num_calls_, *context, *writer);
+}
+
+void WriteStream(const KvStream& stream, PrefillWriter& writer, int count) {
+  for (const v1::PrefillResponse& response : stream) {
+    if (count-- == 0 || !writer.Write(response)) return;
+  }
+}
+
+grpc::Status RichStatus(grpc::StatusCode code, const std::string& reason,
+                        absl::Duration retry_delay) {
+  google::rpc::Status rich;
+  rich.set_code(code);
+  google::rpc::ErrorInfo info;
+  info.set_domain("headstart.v1");
+  info.set_reason(reason);
+  rich.add_details()->PackFrom(info);
+  if (retry_delay != absl::InfiniteDuration()) {
+    google::rpc::RetryInfo retry;
+    retry.mutable_retry_delay()->set_seconds(absl::ToInt64Seconds(retry_delay));
+    retry.mutable_retry_delay()->set_nanos(
+        absl::ToInt64Nanoseconds(retry_delay % absl::Seconds(1)));
+    rich.add_details()->PackFrom(retry);
+  }
+  return grpc::Status(code, "server says no", rich.SerializeAsString());
+}
+
+}  // namespace headstart::testing
