@@ -38,7 +38,8 @@ class BlockPool {
  public:
   explicit BlockPool(int64_t num_pages);
 
-  // RESOURCE_EXHAUSTED when fewer than `count` pages are free; FAILED_PRECONDITION when the pool never had as many.
+  // RESOURCE_EXHAUSTED when fewer than `count` pages are free; FAILED_PRECONDITION when the pool
+  // never had as many.
   absl::StatusOr<BlockLease> Acquire(int64_t count);
 
   int64_t num_pages() const { return num_pages_; }

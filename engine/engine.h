@@ -1,4 +1,5 @@
-// One model on one machine: takes a prompt, hands out its KV cache layer by layer and the first token.
+// One model on one machine: takes a prompt, hands out its KV cache layer by layer and the first
+// token.
 #pragma once
 
 #include <cstdint>
@@ -18,34 +19,38 @@ namespace headstart {
 
 struct EngineOptions {
   std::string model_dir;
-  std::string model_name;           // empty: the folder's name
+  std::string model_name;  // empty: the folder's name
   BackendOptions backend;
-  int64_t max_prompt_tokens = 0;    // 0: the model's context, or what the KV pool holds if that is less
-  int64_t chunk_tokens = 8192;      // prefill chunk; multiple of kBlockTokens
-  int64_t kv_pool_tokens = 0;       // 0: one longest prompt
+  int64_t max_prompt_tokens =
+      0;                        // 0: the model's context, or what the KV pool holds if that is less
+  int64_t chunk_tokens = 8192;  // prefill chunk; multiple of kBlockTokens
+  int64_t kv_pool_tokens = 0;   // 0: one longest prompt
 };
 
 class Engine {
  public:
-  // Reads the model and prepares its weights. INVALID_ARGUMENT: the model can't be run (names file, tensor or field).
-  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options, const LoadProgress& progress);
+  // Reads the model and prepares its weights. INVALID_ARGUMENT: the model can't be run (names file,
+  // tensor or field).
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options,
+                                                        const LoadProgress& progress);
   // With a backend of the caller's: tests.
   static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options,
                                                         std::unique_ptr<Backend> backend,
                                                         const LoadProgress& progress);
   ~Engine();
 
-  // Thread-safe; what can be said without running: prompt length, token ids, attention options, sampling options.
-  // INVALID_ARGUMENT or FAILED_PRECONDITION, the field's name first in the message.
+  // Thread-safe; what can be said without running: prompt length, token ids, attention options,
+  // sampling options. INVALID_ARGUMENT or FAILED_PRECONDITION, the field's name first in the
+  // message.
   absl::Status Validate(const PrefillJob& job) const;
 
-  // Runs one job on the calling thread; one at a time. The sink gets every chunk of every layer. On error nothing of the
-  // job stays behind. CANCELLED, DEADLINE_EXCEEDED (seen between layers), RESOURCE_EXHAUSTED, NonFiniteError
-  // (kernels/base/nonfinite.h), whatever the sink returned, or another INTERNAL: then the backend is lost and the engine
-  // of no further use.
+  // Runs one job on the calling thread; one at a time. The sink gets every chunk of every layer. On
+  // error nothing of the job stays behind. CANCELLED, DEADLINE_EXCEEDED (seen between layers),
+  // RESOURCE_EXHAUSTED, NonFiniteError (kernels/base/nonfinite.h), whatever the sink returned, or
+  // another INTERNAL: then the backend is lost and the engine of no further use.
   absl::StatusOr<PrefillResult> RunPrefill(const PrefillJob& job, KvSink& sink);
 
-  const EngineOptions& options() const;       // resolved: no zeros left
+  const EngineOptions& options() const;  // resolved: no zeros left
   const ModelConfig& config() const;
   const std::string& model_hash() const;
   const Backend& backend() const;

@@ -16,16 +16,18 @@ struct KvChunkInfo {
   int64_t token_count = 0;
 };
 
-// Takes KV as layers finish, on the engine's thread. For every chunk the engine calls Reserve, fills the memory (K, then V,
-// each [num_kv_heads][token_count][head_dim]) and calls Commit.
+// Takes KV as layers finish, on the engine's thread. For every chunk the engine calls Reserve,
+// fills the memory (K, then V, each [num_kv_heads][token_count][head_dim]) and calls Commit.
 class KvSink {
  public:
   virtual ~KvSink() = default;
 
   // Before the first chunk: the job was checked and got its memory; compute starts.
   virtual absl::Status OnStart() = 0;
-  // May block until the reader has room. An error (cancelled, stalled, deadline) ends the job with it.
-  virtual absl::StatusOr<absl::Span<std::byte>> Reserve(const KvChunkInfo& chunk, int64_t bytes) = 0;
+  // May block until the reader has room. An error (cancelled, stalled, deadline) ends the job with
+  // it.
+  virtual absl::StatusOr<absl::Span<std::byte>> Reserve(const KvChunkInfo& chunk,
+                                                        int64_t bytes) = 0;
   virtual absl::Status Commit() = 0;
 };
 

@@ -1,5 +1,5 @@
-// What config.json of a Hugging Face model directory says, for every model that Headstart runs. One struct for Llama
-// and Qwen: what differs between them is a field, not a class.
+// What config.json of a Hugging Face model directory says, for every model that Headstart runs. One
+// struct for Llama and Qwen: what differs between them is a field, not a class.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,11 @@ struct RopeConfig {
   double high_freq_factor = 4.0;       // llama3
   double beta_fast = 32.0;             // yarn
   double beta_slow = 1.0;              // yarn
-  double attention_factor = 0.0;       // yarn; resolved at parse time (mscale included), 1 for the others
+  bool truncate = true;                // yarn: whole dimensions as borders of the ramp
+  double attention_factor =
+      1.0;  // yarn; resolved at parse time (mscale included), 1 for the others
+
+  friend bool operator==(const RopeConfig&, const RopeConfig&) = default;
 };
 
 struct ModelConfig {
@@ -33,7 +37,7 @@ struct ModelConfig {
   HeadShape heads;
   int32_t intermediate_size = 0;
   int32_t vocab_size = 0;
-  int64_t max_positions = 0;   // longest context that is served: where plain RoPE of this model ends
+  int64_t max_positions = 0;  // longest context that is served: where plain RoPE of this model ends
   float rms_norm_eps = 0.0f;
   bool tie_word_embeddings = false;
   bool qkv_bias = false;
@@ -50,13 +54,15 @@ struct ModelConfig {
   }
 };
 
-// Parses the text of a config.json. `file` is only for messages. Everything that Headstart can't run exactly is refused
-// with INVALID_ARGUMENT and the field's name: mixture of experts, MLA, quantised weights, an active sliding window,
-// unknown rope types, two rope spellings that differ. Depth, size and number ranges are bounded: hostile text ends in
-// an error, quickly and in little memory.
+// Parses the text of a config.json. `file` is only for messages. Everything that Headstart can't
+// run exactly is refused with INVALID_ARGUMENT and the field's name: mixture of experts, MLA,
+// quantised weights, an active sliding window, unknown rope types, two rope spellings that differ.
+// Depth, size and number ranges are bounded: hostile text ends in an error, quickly and in little
+// memory.
 absl::StatusOr<ModelConfig> ParseModelConfig(absl::string_view json, absl::string_view file);
 
-// Reads DIR/config.json (and the eos ids of DIR/generation_config.json where there is one).
+// Reads DIR/config.json. Where DIR/generation_config.json has eos ids they replace those of
+// config.json, as in Hugging Face.
 absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& model_dir);
 
 // inv_freq[head_dim / 2] after rope scaling, in fp32 as Hugging Face computes it.

@@ -16,7 +16,8 @@ namespace headstart {
 struct PrefillJob {
   std::string request_id;
   std::vector<int32_t> token_ids;
-  AttentionPreset preset = AttentionPreset::kBalanced;  // what `attention` started from, for provenance
+  AttentionPreset preset =
+      AttentionPreset::kBalanced;  // what `attention` started from, for provenance
   ProxyAttnOptions attention;
   SamplingOptions sampling;
   absl::Time deadline = absl::InfiniteFuture();
@@ -32,8 +33,8 @@ struct PrefillResult {
   int64_t dense_fallbacks = 0;
   double selection_seconds = 0;
   double attention_seconds = 0;
-  double sink_seconds = 0;     // inside KvSink: waiting for the reader
-  double total_seconds = 0;    // inside RunPrefill
+  double sink_seconds = 0;   // inside KvSink: waiting for the reader
+  double total_seconds = 0;  // inside RunPrefill
 };
 
 }  // namespace headstart

@@ -1,5 +1,5 @@
-// Read-only access to model weights in safetensors files: one file, or shards with an index. Files are mapped, not read;
-// they are not trusted.
+// Read-only access to model weights in safetensors files: one file, or shards with an index. Files
+// are mapped, not read; they are not trusted.
 #pragma once
 
 #include <cstddef>
@@ -18,48 +18,53 @@ namespace headstart {
 
 // One entry of a safetensors header.
 struct TensorEntry {
-  DType dtype;                  // f32, bf16 or f16; others are refused when a model asks for them
+  std::string dtype;  // as written: "BF16", "F32", "I64", …
   std::vector<int64_t> shape;
-  int64_t begin = 0;            // bytes, relative to the data section
+  int64_t begin = 0;  // bytes, relative to the data section
   int64_t end = 0;
 };
 
 struct SafetensorsHeader {
   absl::flat_hash_map<std::string, TensorEntry> tensors;
-  int64_t data_offset = 0;      // of the data section in the file
+  int64_t data_offset = 0;  // of the data section in the file
 };
 
-// Parses the head of a safetensors file of `file_size` bytes, of which `prefix` holds at least the first
-// 8 + header length bytes (or all that there is). INVALID_ARGUMENT names file and tensor: truncated, header too large,
-// not JSON, duplicate names, unknown dtype, negative or overflowing shapes and offsets, ranges that don't match
-// shape x dtype, overlap, leave holes or don't end at the end of the file.
-absl::StatusOr<SafetensorsHeader> ParseSafetensorsHeader(absl::Span<const std::byte> prefix, int64_t file_size,
-                                                         absl::string_view file);
+// Parses the head of a safetensors file of `file_size` bytes, of which `prefix` holds at least the
+// first 8 + header length bytes (or all that there is). INVALID_ARGUMENT names file and tensor:
+// truncated, header too large, not JSON, duplicate names, unknown dtype, negative or overflowing
+// shapes and offsets, ranges that don't match shape x dtype, overlap, leave holes or don't end at
+// the end of the file.
+absl::StatusOr<SafetensorsHeader> ParseSafetensorsHeader(absl::Span<const std::byte> prefix,
+                                                         int64_t file_size, absl::string_view file);
 
-// weight_map of a model.safetensors.index.json: tensor name -> shard, a plain base name in the same folder.
-absl::StatusOr<absl::flat_hash_map<std::string, std::string>> ParseSafetensorsIndex(absl::string_view json,
-                                                                                    absl::string_view file);
+// weight_map of a model.safetensors.index.json: tensor name -> shard, a plain base name in the same
+// folder.
+absl::StatusOr<absl::flat_hash_map<std::string, std::string>> ParseSafetensorsIndex(
+    absl::string_view json, absl::string_view file);
 
 // A tensor inside a mapped file; `data` lives as long as the WeightFiles it came from.
 struct StoredTensor {
   std::string file;
   DType dtype = DType::kF32;
   std::vector<int64_t> shape;
-  const std::byte* data = nullptr;
+  const std::byte* data = nullptr;  // not always aligned to the dtype
   int64_t bytes = 0;
 };
 
 // All tensors of a model directory.
 class WeightFiles {
  public:
-  // Opens DIR/model.safetensors, or the shards that DIR/model.safetensors.index.json names. Symbolic links are followed
-  // only inside the model's own folder or the Hugging Face cache entry (models--…/) that it is a snapshot of.
+  // Opens DIR/model.safetensors, or the shards that DIR/model.safetensors.index.json names.
+  // Symbolic links are followed only inside the model's own folder or the Hugging Face cache entry
+  // (models--…/) that it is a snapshot of.
   static absl::StatusOr<std::unique_ptr<WeightFiles>> Open(const std::string& model_dir);
 
   ~WeightFiles();
-  // NOT_FOUND names the tensor.
+  // NOT_FOUND names the tensor. INVALID_ARGUMENT when its dtype is not f32, bf16 or f16.
   absl::StatusOr<StoredTensor> Find(absl::string_view name) const;
   std::vector<std::string> Names() const;  // sorted
+  // The file that a tensor lies in, for messages; empty when there is no such tensor.
+  std::string FileOf(absl::string_view name) const;
   int64_t total_bytes() const;
 
  private:

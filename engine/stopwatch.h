@@ -1,0 +1,18 @@
+// Time that passed, from the monotonic clock.
+#pragma once
+
+#include <chrono>
+
+namespace headstart {
+
+class Stopwatch {
+ public:
+  double seconds() const {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+}  // namespace headstart
