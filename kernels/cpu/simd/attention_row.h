@@ -88,7 +88,7 @@ void OneHead(const RowArgs& args, const float* q, float* partial) {
 
 template <typename T>
 void AttentionRow(const RowArgs& args) {
-  const float scale = 1.44269504f / __builtin_sqrtf(static_cast<float>(args.head_dim));
+  const float scale = kLog2E / __builtin_sqrtf(static_cast<float>(args.head_dim));
   for (int64_t head = 0; head < args.group_size; ++head) {
     float q[kMaxHeadDim];
     const T* row = static_cast<const T*>(args.q) + head * args.head_dim;

@@ -26,7 +26,6 @@ constexpr int kPanel = kCols * kLanes;
 // As many accumulators as registers allow: 16 of 32 with AVX-512, 8 of 16 elsewhere.
 constexpr int kRows = kVecBytes == 64 ? 8 : 4;
 constexpr float kMasked = -1e30f;
-constexpr float kLog2E = 1.44269504f;
 // A row's maximum is raised only when a logit passes it by this much (in powers of two), so that
 // the accumulators are rescaled a few times per row instead of at every page.
 constexpr float kMaxSlack = 8.0f;

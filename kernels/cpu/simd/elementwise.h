@@ -1,13 +1,12 @@
-// Row kernels of the elementwise operations. Plain loops that the compiler vectorises; internal
-// linkage, see vec.h. T is float or BFloat16; sums and products are fp32, results are rounded once.
+// Row kernels of the elementwise operations. Internal linkage, see vec.h. T is float or BFloat16;
+// sums and products are fp32, results are rounded once.
 #pragma once
 
-#include <bit>
-#include <cmath>
 #include <cstdint>
 
 #include "kernels/base/dtype.h"
 #include "kernels/cpu/simd/kernel_table.h"
+#include "kernels/cpu/simd/vec.h"
 
 namespace headstart::simd {
 namespace {
@@ -17,61 +16,46 @@ inline float ToFloat(T x) {
   return static_cast<float>(x);
 }
 
-inline float SumOfSquares(const float* x, int64_t n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += x[i] * x[i];
-  return sum;
-}
-
 inline float InverseRms(const float* x, float eps, int64_t n) {
-  return 1.0f / __builtin_sqrtf(SumOfSquares(x, n) / static_cast<float>(n) + eps);
+  F32 sum{};
+  ForLanes(n, [&](int64_t i, int64_t count) {
+    const F32 v = LoadAs(x + i, count);
+    sum += v * v;
+  });
+  return 1.0f / __builtin_sqrtf(ReduceAdd(sum) / static_cast<float>(n) + eps);
 }
 
 template <typename T>
 void RmsNorm(const float* x, const float* weight, float eps, int64_t n, void* out) {
   const float scale = InverseRms(x, eps, n);
   T* y = static_cast<T*>(out);
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) y[i] = T(x[i] * scale * weight[i]);
+  ForLanes(n, [&](int64_t i, int64_t count) {
+    StoreAs(LoadAs(x + i, count) * scale * LoadAs(weight + i, count), y + i, count);
+  });
+}
+
+template <typename T>
+void ToFloatRow(const void* in, int64_t n, float* out) {
+  const T* x = static_cast<const T*>(in);
+  ForLanes(n, [&](int64_t i, int64_t count) { StoreAs(LoadAs(x + i, count), out + i, count); });
 }
 
 template <typename T>
 void RopeHead(const void* in, const float* cos, const float* sin, const float* norm, float norm_eps,
               int64_t head_dim, void* out) {
-  float x[kMaxHeadDim];
-  const T* source = static_cast<const T*>(in);
-#pragma omp simd
-  for (int64_t i = 0; i < head_dim; ++i) x[i] = ToFloat(source[i]);
-  if (norm != nullptr) {
-    const float scale = InverseRms(x, norm_eps, head_dim);
-#pragma omp simd
-    for (int64_t i = 0; i < head_dim; ++i) x[i] = x[i] * scale * norm[i];
-  }
+  alignas(64) float x[kMaxHeadDim];
+  ToFloatRow<T>(in, head_dim, x);
+  if (norm != nullptr) RmsNorm<float>(x, norm, norm_eps, head_dim, x);
   const int64_t half = head_dim / 2;
   T* y = static_cast<T*>(out);
-#pragma omp simd
-  for (int64_t i = 0; i < half; ++i) {
-    y[i] = T(x[i] * cos[i] - x[i + half] * sin[i]);
-    y[i + half] = T(x[i + half] * cos[i] + x[i] * sin[i]);
-  }
-}
-
-// e^x; relative error below 2e-7. 0 and infinity where float underflows and overflows.
-inline float Exp(float x) {
-  float t = x * 1.44269504f;
-  t = t < -127.0f ? -127.0f : t;
-  t = t > 128.0f ? 128.0f : t;
-  int32_t whole = static_cast<int32_t>(t);
-  whole -= static_cast<float>(whole) > t ? 1 : 0;
-  const float f = t - static_cast<float>(whole);
-  float p = 0.0018775767f;
-  p = p * f + 0.0089893397f;
-  p = p * f + 0.0558263180f;
-  p = p * f + 0.2401536107f;
-  p = p * f + 0.6931530833f;
-  p = p * f + 0.9999999404f;
-  return p * std::bit_cast<float>((whole + 127) << 23);
+  ForLanes(half, [&](int64_t i, int64_t count) {
+    const F32 a = LoadAs(x + i, count);
+    const F32 b = LoadAs(x + half + i, count);
+    const F32 c = LoadAs(cos + i, count);
+    const F32 s = LoadAs(sin + i, count);
+    StoreAs(a * c - b * s, y + i, count);
+    StoreAs(b * c + a * s, y + half + i, count);
+  });
 }
 
 template <typename T>
@@ -79,18 +63,13 @@ void SwiGlu(const void* gate, const void* up, int64_t n, void* out) {
   const T* g = static_cast<const T*>(gate);
   const T* u = static_cast<const T*>(up);
   T* y = static_cast<T*>(out);
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float x = ToFloat(g[i]);
-    y[i] = T(x / (1.0f + Exp(-x)) * ToFloat(u[i]));
-  }
-}
-
-template <typename T>
-void ToFloatRow(const void* in, int64_t n, float* out) {
-  const T* x = static_cast<const T*>(in);
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = ToFloat(x[i]);
+  ForLanes(n, [&](int64_t i, int64_t count) {
+    const F32 x = LoadAs(g + i, count);
+    // At most 2^126, so that the sum stays finite: silu is 0 there all the same.
+    const F32 power = x * -kLog2E;
+    const F32 exp = Exp2<true>(power > 126.0f ? Broadcast(126.0f) : power);
+    StoreAs(x / (exp + 1.0f) * LoadAs(u + i, count), y + i, count);
+  });
 }
 
 // Bits that are all set only in infinities and NaN.

@@ -23,6 +23,8 @@ constexpr int kVecBytes = 16;
 #endif
 constexpr int kLanes = kVecBytes / 4;
 
+constexpr float kLog2E = 1.44269504f;
+
 using F32 = float __attribute__((vector_size(kVecBytes)));
 using I32 = int32_t __attribute__((vector_size(kVecBytes)));
 
@@ -33,6 +35,45 @@ inline F32 Load(const float* p) {
 }
 
 inline void Store(F32 v, float* p) { std::memcpy(p, &v, sizeof(v)); }
+
+// Elements of a compute type to floats and back, rounded to nearest.
+inline F32 LoadAs(const float* p) { return Load(p); }
+inline void StoreAs(F32 v, float* p) { Store(v, p); }
+#if defined(__AVX512BF16__)
+inline F32 LoadAs(const BFloat16* p) {
+  const __m512i wide =
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return reinterpret_cast<F32>(_mm512_slli_epi32(wide, 16));
+}
+inline void StoreAs(F32 v, BFloat16* p) {
+  const __m256bh narrow = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+#endif
+
+// The first `count` lanes, 1 .. kLanes; the others are zero, or not stored.
+template <typename T>
+inline F32 LoadAs(const T* p, int64_t count) {
+  if (count == kLanes) return LoadAs(p);
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, p, count * sizeof(T));
+  return LoadAs(lanes);
+}
+template <typename T>
+inline void StoreAs(F32 v, T* p, int64_t count) {
+  if (count == kLanes) return StoreAs(v, p);
+  T lanes[kLanes];
+  StoreAs(v, lanes);
+  std::memcpy(p, lanes, count * sizeof(T));
+}
+
+// Calls body(i, count) for the registers that cover [0, n): whole ones, then what is left.
+template <typename Body>
+inline void ForLanes(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, kLanes);
+  if (i < n) body(i, n - i);
+}
 
 inline F32 Broadcast(float x) { return x - F32{}; }
 
@@ -92,13 +133,10 @@ inline F32 Exp2Fraction(F32 f) {
 template <bool kExact>
 inline F32 Exp2(F32 x) {
 #if defined(__AVX512F__)
-  // The zero-masking forms with full masks, because GCC 12 warns of the plain ones in its own
-  // header.
-  constexpr __mmask16 kAll = 0xffff;
   const __m512 v = reinterpret_cast<__m512>(x);
-  const __m512 fraction = _mm512_maskz_reduce_ps(kAll, v, _MM_FROUND_TO_NEG_INF);
+  const __m512 fraction = _mm512_reduce_ps(v, _MM_FROUND_TO_NEG_INF);
   const F32 power = Exp2Fraction<kExact>(reinterpret_cast<F32>(fraction));
-  return reinterpret_cast<F32>(_mm512_maskz_scalef_ps(kAll, reinterpret_cast<__m512>(power), v));
+  return reinterpret_cast<F32>(_mm512_scalef_ps(reinterpret_cast<__m512>(power), v));
 #else
   const F32 low = Broadcast(-127.0f);
   x = x < low ? low : x;
