@@ -21,8 +21,8 @@ struct HeadShape {
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;
 
-  int32_t group_size() const { return num_heads / num_kv_heads; }  // query heads that read one KV head
-  int64_t qkv_cols() const { return int64_t{num_heads + 2 * num_kv_heads} * head_dim; }
+  constexpr int32_t group_size() const { return num_heads / num_kv_heads; }  // query heads that read one KV head
+  constexpr int64_t qkv_cols() const { return int64_t{num_heads + 2 * num_kv_heads} * head_dim; }
 };
 
 // One layer's KV cache of one sequence. Token t lives in page page_table[t / kBlockTokens]; a page is
@@ -33,8 +33,8 @@ struct KvPages {
   const int32_t* page_table = nullptr;  // backend memory
   HeadShape shape;
 
-  int64_t plane_elements() const { return int64_t{shape.num_kv_heads} * kBlockTokens * shape.head_dim; }
-  int64_t page_elements() const { return 2 * plane_elements(); }
+  constexpr int64_t plane_elements() const { return int64_t{shape.num_kv_heads} * kBlockTokens * shape.head_dim; }
+  constexpr int64_t page_elements() const { return 2 * plane_elements(); }
 };
 
 enum class BudgetRule : uint8_t { kOwn, kShared, kRow };

@@ -11,7 +11,7 @@ namespace headstart {
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const BackendOptions& options) {
   if (options.device == "cpu") return CpuBackend::Create(options);
 #if HEADSTART_ENABLE_CUDA
-  if (options.device == "cuda") return CudaBackend::Create(options);
+  if (options.device == "cuda") return cuda::CudaBackend::Create(options);
   constexpr char kDevices[] = "cpu, cuda";
 #else
   constexpr char kDevices[] = "cpu";

@@ -1,0 +1,448 @@
+// Block-sparse causal GQA attention, forward, for sm_90a: bf16 in and out, fp32 accumulation.
+//
+// One CTA per multiprocessor takes tiles (TileAt) from a counter. Its three warpgroups:
+//   0     warp 0 loads: takes tiles, issues all TMA loads; warp 1 stores the finished tiles.
+//   1, 2  compute, 64 query rows each. A step issues S = Q K(i+1)^T and O += P(i) V(i) back to back
+//   and does the softmax
+//         of S while the other warpgroup's products run (they hand over through two named
+//         barriers).
+//
+// Invariants:
+//   * K runs one block ahead of V, in the loader's order and in the consumers' (`step`).
+//   * Empty-barriers take one arrival a warp, not a warpgroup: nothing else keeps the four warps of
+//   a warpgroup together,
+//     and one that lags can miss a phase and wait for ever.
+//   * O is staged in its tile's own Q buffer; the storer hands that back when its TMA store has
+//   read it.
+//   * Tiles are aligned to key blocks also when the first query is not: rows before it are loaded
+//   as zeros and dropped at
+//     the store, so only a tile's first block, the diagonal one, is ever masked.
+#pragma once
+
+#include "kernels/cuda/attention/online_softmax.cuh"
+#include "kernels/cuda/attention/tile_order.cuh"
+#include "kernels/cuda/device/mbarrier.cuh"
+#include "kernels/cuda/device/numeric.cuh"
+#include "kernels/cuda/device/tma.cuh"
+#include "kernels/cuda/device/wgmma.cuh"
+#include "kernels/cuda/launchers.h"
+
+namespace headstart::cuda {
+
+inline constexpr int kBlock = static_cast<int>(kBlockTokens);
+inline constexpr uint32_t kPanelBytes = kBlock * 128;  // 128 rows of 64 bf16
+inline constexpr int kAttentionThreads = 384;
+inline constexpr int kConsumerWarps = 8;
+// O is rescaled only when a row's maximum outgrew the one in use by more than this (log2 units).
+inline constexpr float kRescaleThreshold = 8.0f;
+
+struct AttentionKernelParams {
+  KeptBlocks kept;
+  const int32_t* page_table;
+  uint32_t* tile_counter;
+  uint32_t num_tiles;
+  int32_t num_rows;      // query blocks
+  int32_t first_row;     // key block of the first query block
+  int32_t query_offset;  // rows of the first tile that lie before the first query
+  int32_t last_key_block;
+  int32_t tail_tokens;  // tokens in the last key block, 0 when it is full
+  int32_t group_size;
+  float scale_log2;  // softmax scale * log2(e)
+};
+
+// What differs by head dimension, measured: the pipeline depth that fits, how many of the last
+// products are issued after the hand-over to the other warpgroup, and the share (of 8) of
+// exponentials off the special-function unit.
+template <int kHeadDim>
+struct AttentionTuning;
+template <>
+struct AttentionTuning<128> {
+  static constexpr int kStages = 2, kIssuedLate = 2, kPolynomial = 0;
+};
+template <>
+struct AttentionTuning<64> {
+  static constexpr int kStages = 4, kIssuedLate = 0, kPolynomial = 2;
+};
+inline constexpr int kGroupsBeforeWait =
+    4;  // column groups exponentiated while the second product still runs
+
+struct Tile {
+  int32_t head, row, count;  // count == 0: no more work
+};
+
+template <int kHeadDim>
+struct alignas(1024) AttentionShared {
+  static constexpr int kStages = AttentionTuning<kHeadDim>::kStages;
+  Bf16 q[2][kBlock * kHeadDim];  // 64-column panels; double-buffered over tiles
+  Bf16 k[kStages][kBlock * kHeadDim];
+  Bf16 v[kStages][kBlock * kHeadDim];
+  uint64_t q_full[2], q_empty[2], o_full[2];
+  uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  Tile tile[2];  // the tile whose Q is in q[slot]
+};
+static_assert(sizeof(AttentionShared<128>) + 1024 <= 232448 &&
+              sizeof(AttentionShared<64>) + 1024 <= 232448);
+
+__device__ __forceinline__ Tile LoadTile(const AttentionKernelParams& params, uint32_t index) {
+  if (index >= params.num_tiles) return {0, 0, 0};
+  const TileId id = TileAt(index, params.num_rows, params.group_size);
+  const int32_t count = params.kept.lists == nullptr
+                            ? params.first_row + id.row + 1
+                            : __ldg(params.kept.counts + id.head * params.num_rows + id.row);
+  return {id.head, id.row, count};
+}
+
+// Page of the i-th kept block of a tile, 0 past the end.
+__device__ __forceinline__ int LoadPage(const AttentionKernelParams& params, const Tile& tile,
+                                        int i) {
+  if (i >= tile.count) return 0;
+  int block = tile.count - 1 - i;
+  if (params.kept.lists != nullptr) {
+    // Blocks of the rows before: the mean of first_row + 1 … first_row + row, times row.
+    const uint32_t rows_before = tile.row;
+    const uint32_t offset = rows_before * (2 * params.first_row + rows_before + 1) / 2;
+    block = __ldg(params.kept.lists + tile.head * params.kept.head_stride + offset + i);
+  }
+  return __ldg(params.page_table + block);
+}
+
+// The loading warp. Each lane holds the page of one of 32 consecutive kept blocks; lane 0 issues.
+template <int kHeadDim>
+class TileLoader {
+ public:
+  __device__ __forceinline__ TileLoader(AttentionShared<kHeadDim>& shared, const CUtensorMap& q_map,
+                                        const CUtensorMap& k_map, const CUtensorMap& v_map,
+                                        const AttentionKernelParams& params)
+      : shared_(shared), q_map_(q_map), k_map_(k_map), v_map_(v_map), params_(params) {}
+
+  __device__ __forceinline__ void Run() {
+    uint32_t claimed = lane_ == 0 ? Claim() : 0;
+    Tile tile = LoadTile(params_, __shfl_sync(~0u, claimed, 0));
+    int page = LoadPage(params_, tile, lane_);
+    int v_page = -1, v_head = 0;  // V runs one block behind K
+    for (uint32_t w = 0;; ++w) {
+      AnnounceTile(tile, w);
+      if (tile.count == 0) break;
+      const int kv_head = tile.head / params_.group_size;
+      const int claim_at = max(tile.count - 6, 0),
+                load_at = max(tile.count - 3, 0);  // the next tile, a little ahead
+      Tile next{0, 0, 0};
+      for (int i = 0; i < tile.count; ++i) {
+        if (i == claim_at && lane_ == 0) claimed = Claim();
+        if (i == load_at) next = LoadTile(params_, __shfl_sync(~0u, claimed, 0));
+        if (i != 0 && i % 32 == 0) page = LoadPage(params_, tile, i + lane_);
+        const int k_page = __shfl_sync(~0u, page, i % 32);
+        if (lane_ == 0) {
+          Issue(shared_.k, shared_.k_full, shared_.k_empty, k_map_, k_step_++, k_page, kv_head);
+          if (v_page >= 0)
+            Issue(shared_.v, shared_.v_full, shared_.v_empty, v_map_, v_step_++, v_page, v_head);
+        }
+        v_page = k_page;
+        v_head = kv_head;
+      }
+      tile = next;
+      page = LoadPage(params_, tile, lane_);
+    }
+    if (lane_ == 0 && v_page >= 0)
+      Issue(shared_.v, shared_.v_full, shared_.v_empty, v_map_, v_step_++, v_page, v_head);
+  }
+
+ private:
+  static constexpr int kStages = AttentionShared<kHeadDim>::kStages;
+  static constexpr uint32_t kTileBytes = kBlock * kHeadDim * 2;
+
+  // Every CTA draws exactly one index past the end; whoever draws the last one resets the counter
+  // for the next launch.
+  __device__ __forceinline__ uint32_t Claim() {
+    const uint32_t index = atomicAdd(params_.tile_counter, 1u);
+    if (index == params_.num_tiles + gridDim.x - 1) *params_.tile_counter = 0;
+    return index;
+  }
+
+  __device__ __forceinline__ void AnnounceTile(const Tile& tile, uint32_t w) {
+    const uint32_t slot = RingSlot<2>(w);
+    BarrierWait(&shared_.q_empty[slot], RingParity<2>(w) ^ 1);
+    if (lane_ != 0) return;
+    shared_.tile[slot] = tile;
+    if (tile.count == 0) {
+      BarrierArrive(&shared_.q_full[slot]);
+      return;
+    }
+    BarrierExpect(&shared_.q_full[slot], kTileBytes);
+    const int token = tile.row * kBlock - params_.query_offset;
+#pragma unroll
+    for (int p = 0; p < kHeadDim / 64; ++p) {
+      TmaLoad(&shared_.q[slot][p * kBlock * 64], q_map_, &shared_.q_full[slot],
+              {0, token, p, tile.head}, once_);
+    }
+  }
+
+  __device__ __forceinline__ void Issue(Bf16 (&buffers)[kStages][kBlock * kHeadDim], uint64_t* full,
+                                        uint64_t* empty, const CUtensorMap& map, uint32_t step,
+                                        int page, int kv_head) {
+    const uint32_t slot = RingSlot<kStages>(step);
+    BarrierWait(&empty[slot], RingParity<kStages>(step) ^ 1);
+    BarrierExpect(&full[slot], kTileBytes);
+#pragma unroll
+    for (int p = 0; p < kHeadDim / 64; ++p) {
+      TmaLoad(&buffers[slot][p * kBlock * 64], map, &full[slot], {p * 64, 0, kv_head, page}, keep_);
+    }
+  }
+
+  AttentionShared<kHeadDim>& shared_;
+  const CUtensorMap& q_map_;
+  const CUtensorMap& k_map_;
+  const CUtensorMap& v_map_;
+  const AttentionKernelParams& params_;
+  const int lane_ = threadIdx.x % 32;
+  const uint64_t keep_ = PolicyKeep(), once_ = PolicyOnce();
+  uint32_t k_step_ = 0, v_step_ = 0;
+};
+
+// The storing warp.
+template <int kHeadDim>
+__device__ __forceinline__ void StoreTiles(AttentionShared<kHeadDim>& shared,
+                                           const CUtensorMap& out_map,
+                                           const AttentionKernelParams& params) {
+  const int lane = threadIdx.x % 32;
+  for (uint32_t w = 0;; ++w) {
+    const uint32_t slot = RingSlot<2>(w), parity = RingParity<2>(w);
+    BarrierWait(&shared.q_full[slot], parity);
+    const Tile tile = shared.tile[slot];
+    if (tile.count == 0) break;
+    BarrierWait(&shared.o_full[slot], parity);
+    if (lane == 0) {
+      const int token = tile.row * kBlock - params.query_offset;
+#pragma unroll
+      for (int p = 0; p < kHeadDim / 64; ++p) {
+        TmaStore(out_map, &shared.q[slot][p * kBlock * 64], {0, token, p, tile.head});
+      }
+      TmaStoreCommit();
+      TmaStoreWaitRead();
+      BarrierArrive(&shared.q_empty[slot]);
+    }
+    __syncwarp();
+  }
+  if (lane == 0) TmaStoreWait();
+}
+
+// S = Q K^T, [64, 128] over kHeadDim; both operands in panels of kARows and 128 rows.
+template <int kHeadDim, int kARows = kBlock>
+__device__ __forceinline__ void IssueQk(float (&s)[64], uint32_t q, uint32_t k) {
+#pragma unroll
+  for (int kk = 0; kk < kHeadDim / 16; ++kk) {
+    const uint32_t within = (kk % 4) * 2;
+    WgmmaM64N128K16(s, Descriptor(q + (kk / 4) * (kARows * 128 >> 4) + within),
+                    Descriptor(k + (kk / 4) * (kPanelBytes >> 4) + within), kk > 0);
+  }
+}
+
+// O (+)= P V over the k-steps [from, to) of 8.
+template <int kHeadDim>
+__device__ __forceinline__ void IssuePv(float (&o)[kHeadDim / 2], const uint32_t (&p)[32],
+                                        uint32_t v, int accumulate, int from, int to) {
+#pragma unroll
+  for (int kk = from; kk < to; ++kk) {
+    if constexpr (kHeadDim == 128) {
+      WgmmaM64N128K16(o, &p[4 * kk], Descriptor(v + kk * 128), accumulate | (kk > 0));
+    } else {
+      WgmmaM64N64K16(o, &p[4 * kk], Descriptor(v + kk * 128), accumulate | (kk > 0));
+    }
+  }
+}
+
+// Normalises O and stages it, swizzled as TMA expects it, in this warpgroup's 64 rows of the tile's
+// Q buffer.
+template <int kHeadDim>
+__device__ __forceinline__ void StageOutput(const float (&o)[kHeadDim / 2], const RowState& rows,
+                                            Bf16* q_buffer, uint64_t* o_full, int consumer) {
+  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  const float inverse0 = 1.0f / QuadSum(rows.sum0), inverse1 = 1.0f / QuadSum(rows.sum1);
+  const int row = consumer * 64 + warp * 16 + lane % 16;  // whose 16-byte chunk this lane addresses
+  const uint32_t base = SharedAddress(q_buffer) + row * 128;
+#pragma unroll
+  for (int j = 0; j < kHeadDim / 8; j += 2) {
+    const int chunk = j + lane / 16;
+    StoreMatrices(base + (chunk / 8) * kPanelBytes + (((chunk % 8) ^ (row % 8)) << 4),
+                  PackBf16(o[4 * j] * inverse0, o[4 * j + 1] * inverse0),
+                  PackBf16(o[4 * j + 2] * inverse1, o[4 * j + 3] * inverse1),
+                  PackBf16(o[4 * j + 4] * inverse0, o[4 * j + 5] * inverse0),
+                  PackBf16(o[4 * j + 6] * inverse1, o[4 * j + 7] * inverse1));
+  }
+  FenceAsyncProxy();
+  __syncwarp();
+  if (lane == 0) BarrierArrive(o_full);
+}
+
+// Zeroes the rows of V past the end of the sequence: their probabilities are 0, but 0 * NaN is NaN.
+// Both warpgroups write the same zeros.
+template <int kHeadDim>
+__device__ __forceinline__ void ZeroValueTail(Bf16* v, int first_row, int consumer) {
+  const int chunks = (kBlock - first_row) * 8;  // of 16 bytes, in one panel
+  for (int i = threadIdx.x % 128; i < chunks * (kHeadDim / 64); i += 128) {
+    Bf16* panel = v + i / chunks * kBlock * 64;
+    reinterpret_cast<uint4*>(panel + first_row * 64)[i % chunks] = make_uint4(0, 0, 0, 0);
+  }
+  FenceAsyncProxy();
+  NamedSync(3 + consumer, 128);
+}
+
+template <int kHeadDim>
+__device__ __forceinline__ void ComputeTiles(AttentionShared<kHeadDim>& shared,
+                                             const AttentionKernelParams& params, int consumer) {
+  using Tuning = AttentionTuning<kHeadDim>;
+  constexpr int kStages = Tuning::kStages;
+  constexpr uint32_t kTile16 =
+      kBlock * kHeadDim * 2 / 16;  // one Q, K or V buffer in units of 16 bytes
+  const int lane = threadIdx.x % 32;
+  const int row = consumer * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4, first_col = lane % 4 * 2;
+  const uint32_t q_base = DescriptorKMajor(&shared.q[0][consumer * 64 * 64]);
+  const uint32_t k_base = DescriptorKMajor(shared.k[0]);
+  const uint32_t v_base = DescriptorMnMajor(shared.v[0], kPanelBytes);
+  if (consumer == 0) NamedArrive(1, 256);  // the first warpgroup goes first
+
+  float s[64], o[kHeadDim / 2];
+  uint32_t p[32];
+  RowState rows;
+  uint32_t step = 0;     // products Q K^T done, over all tiles; P V runs one behind
+  bool k_ready = false;  // K(step) was seen loaded
+  const auto wait_k = [&] {
+    if (!k_ready) BarrierWait(&shared.k_full[RingSlot<kStages>(step)], RingParity<kStages>(step));
+  };
+  const auto poll_k = [&] {
+    k_ready = BarrierTest(&shared.k_full[RingSlot<kStages>(step)], RingParity<kStages>(step));
+  };
+  const auto wait_v = [&] {
+    BarrierWait(&shared.v_full[RingSlot<kStages>(step - 1)], RingParity<kStages>(step - 1));
+  };
+  const auto finish_pv = [&] {
+    WgmmaWait<0>();
+    Pin(o);
+    Pin(p);
+    if (lane == 0) BarrierArrive(&shared.v_empty[RingSlot<kStages>(step - 1)]);
+  };
+
+  uint32_t w = 0;
+  BarrierWait(&shared.q_full[0], 0);
+  Tile tile = shared.tile[0];
+  // Counts go through a shuffle: only then does the compiler know them to be uniform, and keeps the
+  // descriptors of the loop in uniform registers.
+  int count = __shfl_sync(~0u, tile.count, 0);
+  while (count != 0) {
+    const uint32_t slot = RingSlot<2>(w);
+    const uint32_t q = q_base + slot * kTile16;
+    // The diagonal block: nothing to overlap with.
+    wait_k();
+    WgmmaFence();
+    Pin(s);
+    IssueQk<kHeadDim>(s, q, k_base + RingSlot<kStages>(step) * kTile16);
+    WgmmaCommit();
+    WgmmaWait<0>();
+    Pin(s);
+    if (lane == 0) BarrierArrive(&shared.k_empty[RingSlot<kStages>(step)]);
+    MaskAboveDiagonal(s, row, first_col);
+    SoftmaxFirst(s, rows, params.scale_log2);
+    PackProbabilities(p, s);
+    ++step;
+    poll_k();
+    if (params.tail_tokens != 0 && params.first_row + tile.row == params.last_key_block) {
+      wait_v();
+      ZeroValueTail<kHeadDim>(shared.v[RingSlot<kStages>(step - 1)], params.tail_tokens, consumer);
+    }
+#pragma unroll 1
+    for (int i = 1; i < count; ++i) {
+      wait_k();
+      NamedSync(1 + consumer, 256);
+      WgmmaFence();
+      Pin(s);
+      Pin(o);
+      Pin(p);
+      IssueQk<kHeadDim>(s, q, k_base + RingSlot<kStages>(step) * kTile16);
+      WgmmaCommit();
+      wait_v();
+      WgmmaFence();
+      const uint32_t v = v_base + RingSlot<kStages>(step - 1) * kTile16;
+      IssuePv<kHeadDim>(o, p, v, i > 1, 0, 8 - Tuning::kIssuedLate);
+      NamedArrive(1 + (consumer ^ 1), 256);
+      IssuePv<kHeadDim>(o, p, v, i > 1, 8 - Tuning::kIssuedLate, 8);
+      WgmmaCommit();
+      WgmmaWait<1>();
+      Pin(s);
+      const Rescale rescale = SoftmaxNext(s, rows, params.scale_log2, kRescaleThreshold);
+      Exponentiate<Tuning::kPolynomial, 0, kGroupsBeforeWait>(s, rows);
+      // The condition always holds (sums are positive); the false dependency keeps ptxas from
+      // moving the wait for P V, which follows, ahead of the exponentials.
+      if (lane == 0 && !(rows.sum0 + rows.sum1 < 0.0f))
+        BarrierArrive(&shared.k_empty[RingSlot<kStages>(step)]);
+      finish_pv();
+      Exponentiate<Tuning::kPolynomial, kGroupsBeforeWait, 16>(s, rows);
+      PackProbabilities(p, s);
+      if (rescale.any) {
+#pragma unroll
+        for (int j = 0; j < kHeadDim / 8; ++j) {
+          o[4 * j] *= rescale.factor0;
+          o[4 * j + 1] *= rescale.factor0;
+          o[4 * j + 2] *= rescale.factor1;
+          o[4 * j + 3] *= rescale.factor1;
+        }
+      }
+      ++step;
+      poll_k();
+    }
+    // The last P V on its own.
+    wait_v();
+    WgmmaFence();
+    Pin(o);
+    Pin(p);
+    IssuePv<kHeadDim>(o, p, v_base + RingSlot<kStages>(step - 1) * kTile16, count > 1, 0, 8);
+    WgmmaCommit();
+    finish_pv();
+    StageOutput<kHeadDim>(o, rows, shared.q[slot], &shared.o_full[slot], consumer);
+    ++w;
+    BarrierWait(&shared.q_full[RingSlot<2>(w)], RingParity<2>(w));
+    tile = shared.tile[RingSlot<2>(w)];
+    count = __shfl_sync(~0u, tile.count, 0);
+  }
+}
+
+template <int kHeadDim>
+__global__ void __launch_bounds__(kAttentionThreads, 1)
+    AttentionKernel(const __grid_constant__ CUtensorMap q_map,
+                    const __grid_constant__ CUtensorMap k_map,
+                    const __grid_constant__ CUtensorMap v_map,
+                    const __grid_constant__ CUtensorMap out_map,
+                    const __grid_constant__ AttentionKernelParams params) {
+  constexpr int kStages = AttentionShared<kHeadDim>::kStages;
+  extern __shared__ uint8_t raw[];
+  auto& shared = *reinterpret_cast<AttentionShared<kHeadDim>*>(
+      (reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t{1023});
+  const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) {
+      BarrierInit(&shared.q_full[i], 1);
+      BarrierInit(&shared.q_empty[i], 1);
+      BarrierInit(&shared.o_full[i], kConsumerWarps);
+    }
+    for (int i = 0; i < kStages; ++i) {
+      BarrierInit(&shared.k_full[i], 1);
+      BarrierInit(&shared.k_empty[i], kConsumerWarps);
+      BarrierInit(&shared.v_full[i], 1);
+      BarrierInit(&shared.v_empty[i], kConsumerWarps);
+    }
+    BarrierInitFence();
+  }
+  __syncthreads();
+  if (warpgroup == 0) {
+    RegistersShrink<40>();
+    if (threadIdx.x < 32) {
+      TileLoader<kHeadDim>(shared, q_map, k_map, v_map, params).Run();
+    } else if (threadIdx.x < 64) {
+      StoreTiles<kHeadDim>(shared, out_map, params);
+    }
+  } else {
+    RegistersGrow<232>();
+    ComputeTiles<kHeadDim>(shared, params, warpgroup - 1);
+  }
+}
+
+}  // namespace headstart::cuda

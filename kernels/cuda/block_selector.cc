@@ -1,0 +1,227 @@
+#include "kernels/cuda/block_selector.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/status_macros.h"
+
+namespace headstart::cuda {
+namespace {
+
+bool DenseByRule(const SelectArgs& args) {
+  const ProxyAttnOptions& options = *args.options;
+  const auto& layers = options.dense_layers;
+  return !options.enabled || args.first_position + args.q.rows <= options.dense_below_tokens ||
+         std::find(layers.begin(), layers.end(), args.layer) != layers.end();
+}
+
+int64_t Triangle(int64_t rows) { return rows * (rows + 1) / 2; }
+
+// The least budget for which the rows [begin, end) keep `density` of their causal blocks.
+int64_t BudgetForDensity(int64_t begin, int64_t end, double density) {
+  const double causal = static_cast<double>(Triangle(end) - Triangle(begin));
+  const auto kept = [&](int64_t budget) {
+    const int64_t full = std::clamp(budget, begin, end);
+    return static_cast<double>(Triangle(full) - Triangle(begin) + (end - full) * budget);
+  };
+  int64_t budget = 1;
+  while (budget < end && kept(budget) < density * causal) ++budget;
+  return budget;
+}
+
+SelectionShape MakeShape(const SelectArgs& args) {
+  const ProxyAttnOptions& options = *args.options;
+  SelectionShape shape{};
+  shape.num_heads = args.kv.shape.num_heads;
+  shape.num_proxies = options.num_proxies;
+  shape.first_row = args.first_position / kBlockTokens;
+  shape.num_rows = NumBlocks(args.first_position + args.q.rows) - shape.first_row;
+  shape.score_stride = shape.num_key_blocks();
+  shape.sink_blocks = options.sink_blocks;
+  shape.local_blocks = options.local_blocks;
+  shape.dense_tail_rows = args.ends_prompt ? options.dense_tail_blocks : 0;
+  return shape;
+}
+
+absl::Status Copy(const void* device, int64_t bytes, void* host, cudaStream_t stream) {
+  HEADSTART_RETURN_IF_ERROR(
+      ToStatus(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream),
+               "reading the selection"));
+  return ToStatus(cudaStreamSynchronize(stream), "reading the selection");
+}
+
+// Blocks 0..m: forced ones first, then by falling score, ties to the lower index (see RankKey).
+void RankRow(int64_t m, const SelectionShape& shape, const float* scores, int32_t* ranking) {
+  const auto forced_place = [&](int32_t n) -> int64_t {
+    if (n == m) return 0;
+    if (n < shape.sink_blocks) return 1;
+    if (m - n <= shape.local_blocks) return 1 + (m - n);
+    return int64_t{2} + shape.local_blocks;
+  };
+  std::iota(ranking, ranking + m + 1, 0);
+  std::stable_sort(ranking, ranking + m + 1, [&](int32_t a, int32_t b) {
+    const int64_t place_a = forced_place(a), place_b = forced_place(b);
+    if (place_a != place_b) return place_a < place_b;
+    return place_a == int64_t{2} + shape.local_blocks && scores[a] > scores[b];
+  });
+}
+
+}  // namespace
+
+absl::Status BlockSelector::Score(const SelectArgs& args, uint32_t* tile_counter,
+                                  cudaStream_t stream) {
+  const ProxyAttnOptions& options = *args.options;
+  const HeadShape& heads = args.kv.shape;
+  const int64_t num_tokens = args.first_position + args.q.rows;
+  const int64_t num_q = (args.q.rows + options.stride - 1) / options.stride;
+  const int64_t first_sample = args.first_position / options.stride;
+  const int32_t key_heads = std::min(options.num_proxies, heads.num_kv_heads);
+  const int64_t q_elements = options.num_proxies * num_q * heads.head_dim;
+  const int64_t k_elements = key_heads * (first_sample + num_q) * heads.head_dim;
+  const ProxyScoreScratch plan =
+      PlanProxyScore(num_q, first_sample, options.num_proxies, options.stride);
+  HEADSTART_ASSIGN_OR_RETURN(void* const pooled_q, pooled_.Reserve((q_elements + k_elements) * 2));
+  HEADSTART_ASSIGN_OR_RETURN(void* const maxima, maxima_.Reserve(plan.maxima_bytes));
+  HEADSTART_ASSIGN_OR_RETURN(void* const sums, sums_.Reserve(plan.sums_bytes));
+  void* const pooled_k = static_cast<char*>(pooled_q) + q_elements * 2;
+  HEADSTART_RETURN_IF_ERROR(
+      ToStatus(LaunchPoolQueries({args.q.data, args.q.rows, args.q.row_stride, heads,
+                                  options.num_proxies, options.stride, pooled_q},
+                                 stream),
+               "pooling queries"));
+  HEADSTART_RETURN_IF_ERROR(
+      ToStatus(LaunchPoolKeys({args.kv, num_tokens, key_heads, options.stride, pooled_k}, stream),
+               "pooling keys"));
+  ProxyScoreParams params{};
+  params.q = pooled_q;
+  params.k = pooled_k;
+  params.num_q = num_q;
+  params.first_sample = first_sample;
+  params.num_proxies = options.num_proxies;
+  params.num_key_heads = key_heads;
+  params.head_dim = heads.head_dim;
+  params.stride = options.stride;
+  params.row_maxima = maxima;
+  params.row_sums = sums;
+  params.scores = scores_;
+  params.score_stride = shape_.score_stride;
+  params.tile_counter = tile_counter;
+  params.num_sms = num_sms_;
+  return ToStatus(LaunchProxyScore(params, stream), "proxy scores");
+}
+
+absl::Status BlockSelector::Budget(const SelectArgs& args, cudaStream_t stream) {
+  const ProxyAttnOptions& options = *args.options;
+  if (dense_by_rule_ || options.forced_density > 0) {
+    const int64_t blocks =
+        dense_by_rule_
+            ? shape_.num_key_blocks()
+            : BudgetForDensity(shape_.first_row, shape_.num_key_blocks(), options.forced_density);
+    return ToStatus(
+        LaunchFixedBudget(shape_.num_heads, static_cast<int32_t>(blocks), budget_blocks_, stream),
+        "fixed budgets");
+  }
+  const int64_t partials = shape_.num_heads * shape_.num_key_blocks() * kBlockTokens;
+  HEADSTART_ASSIGN_OR_RETURN(void* const partial,
+                             partial_.Reserve(partials * int64_t{sizeof(float2)}));
+  HEADSTART_RETURN_IF_ERROR(
+      ToStatus(LaunchBlockMass({args.q.data, args.q.rows, args.q.row_stride, args.first_position,
+                                args.kv, static_cast<float2*>(partial), log_sums_, mass_},
+                               stream),
+               "block mass"));
+  const HeadBudgetParams params{shape_,
+                                options.budget == BudgetRule::kShared,
+                                options.gamma,
+                                static_cast<int32_t>(NumBlocks(options.floor_tokens)),
+                                mass_,
+                                scores_,
+                                args.budget_ratio,
+                                budget_blocks_};
+  return ToStatus(LaunchHeadBudget(params, stream), "head budgets");
+}
+
+absl::Status BlockSelector::Select(const SelectArgs& args, uint32_t* tile_counter,
+                                   cudaStream_t stream) {
+  if (args.options->budget == BudgetRule::kRow && args.options->enabled) {
+    return absl::UnimplementedError(
+        "the CUDA backend has no budget rule `row`; use `own` or `shared`");
+  }
+  shape_ = MakeShape(args);
+  dense_by_rule_ = DenseByRule(args);
+  budget_ratio_ = args.budget_ratio;
+  const int64_t rows = shape_.num_rows, blocks = shape_.num_key_blocks();
+  const int64_t score_bytes =
+      shape_.num_proxies * rows * shape_.score_stride * int64_t{sizeof(float)};
+  HEADSTART_ASSIGN_OR_RETURN(void* const scores, scores_memory_.Reserve(score_bytes));
+  scores_ = static_cast<float*>(scores);
+  // Mass, log-sums and budgets of the heads, and the totals, 8-byte aligned in front.
+  const int64_t head_floats = blocks + kBlockTokens + 1;
+  HEADSTART_ASSIGN_OR_RETURN(void* const small,
+                             small_.Reserve(int64_t{sizeof(SelectionTotals)} +
+                                            shape_.num_heads * head_floats * int64_t{4}));
+  totals_ = static_cast<SelectionTotals*>(small);
+  mass_ = reinterpret_cast<float*>(totals_ + 1);
+  log_sums_ = mass_ + shape_.num_heads * blocks;
+  budget_blocks_ = reinterpret_cast<int32_t*>(log_sums_ + shape_.num_heads * kBlockTokens);
+  const int64_t head_stride = Triangle(blocks) - Triangle(shape_.first_row);
+  HEADSTART_ASSIGN_OR_RETURN(void* const lists, lists_.Reserve(shape_.num_heads * head_stride *
+                                                               int64_t{sizeof(uint16_t)}));
+  HEADSTART_ASSIGN_OR_RETURN(void* const counts, counts_memory_.Reserve(shape_.num_heads * rows *
+                                                                        int64_t{sizeof(int32_t)}));
+  kept_ = {static_cast<uint16_t*>(lists), static_cast<int32_t*>(counts), head_stride};
+
+  if (!dense_by_rule_) HEADSTART_RETURN_IF_ERROR(Score(args, tile_counter, stream));
+  HEADSTART_RETURN_IF_ERROR(Budget(args, stream));
+  const BlockSelectParams params{shape_,
+                                 budget_blocks_,
+                                 scores_,
+                                 dense_by_rule_ ? 1.0f : args.options->dense_above_density,
+                                 totals_,
+                                 static_cast<uint16_t*>(lists),
+                                 static_cast<int32_t*>(counts),
+                                 head_stride};
+  return ToStatus(LaunchBlockSelect(params, stream), "block lists");
+}
+
+bool BlockSelector::Matches(const HeadShape& heads, int64_t first_position,
+                            int64_t num_tokens) const {
+  return kept_.lists != nullptr && first_position == shape_.first_row * kBlockTokens &&
+         NumBlocks(num_tokens) == shape_.num_rows && heads.num_heads == shape_.num_heads;
+}
+
+absl::StatusOr<BlockSelection> BlockSelector::Read(cudaStream_t stream) const {
+  if (kept_.lists == nullptr)
+    return absl::FailedPreconditionError("ReadSelection before SelectBlocks");
+  BlockSelection selection;
+  selection.num_heads = shape_.num_heads;
+  selection.num_proxies = shape_.num_proxies;
+  selection.first_row = shape_.first_row;
+  selection.num_rows = shape_.num_rows;
+  selection.counts.resize(shape_.num_heads * shape_.num_rows);
+  HEADSTART_RETURN_IF_ERROR(Copy(kept_.counts, selection.counts.size() * sizeof(int32_t),
+                                 selection.counts.data(), stream));
+  selection.budget_ratio.resize(shape_.num_heads);
+  HEADSTART_RETURN_IF_ERROR(Copy(budget_ratio_, selection.budget_ratio.size() * sizeof(float),
+                                 selection.budget_ratio.data(), stream));
+  SelectionTotals totals{};
+  HEADSTART_RETURN_IF_ERROR(Copy(totals_, sizeof(totals), &totals, stream));
+  selection.dense_fallback = totals.dense_fallback != 0;
+  // Without scores (dense by rule) all are equal: the ranking is by index.
+  std::vector<float> scores(shape_.num_proxies * shape_.num_rows * shape_.score_stride);
+  if (!dense_by_rule_)
+    HEADSTART_RETURN_IF_ERROR(Copy(scores_, scores.size() * sizeof(float), scores.data(), stream));
+  selection.ranking.resize(shape_.num_proxies * selection.RankingStride());
+  for (int32_t p = 0; p < shape_.num_proxies; ++p) {
+    for (int64_t row = 0; row < shape_.num_rows; ++row) {
+      const int64_t m = shape_.first_row + row;
+      RankRow(
+          m, shape_, scores.data() + (p * shape_.num_rows + row) * shape_.score_stride,
+          selection.ranking.data() + p * selection.RankingStride() + selection.RankingOffset(m));
+    }
+  }
+  return selection;
+}
+
+}  // namespace headstart::cuda

@@ -1,0 +1,95 @@
+// Backend for NVIDIA Hopper GPUs (sm_90): own attention, selection and elementwise kernels,
+// cuBLASLt for the products. Activations, KV cache and residual stream are bf16. Operations are
+// enqueued on one stream; KV is read on another, so that it leaves while later layers compute.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "kernels/cuda/block_selector.h"
+#include "kernels/cuda/cuda_resources.h"
+#include "kernels/cuda/event_timer.h"
+#include "kernels/cuda/gemm_cublaslt.h"
+#include "kernels/cuda/host_transfer.h"
+
+namespace headstart::cuda {
+
+class CudaBackend : public Backend {
+ public:
+  // The first device of the process. INVALID_ARGUMENT when there is none, when it is not sm_90
+  // (says what it is), or for f32 as the compute type.
+  static absl::StatusOr<std::unique_ptr<CudaBackend>> Create(const BackendOptions& options);
+
+  std::string name() const override { return "cuda"; }
+  std::string device() const override { return device_; }
+  DType compute_dtype() const override { return DType::kBF16; }
+  DType residual_dtype() const override { return DType::kBF16; }
+
+  absl::StatusOr<Buffer> Allocate(int64_t bytes) override;
+  absl::Status Upload(const void* host, int64_t bytes, void* device) override;
+  absl::Status Download(const void* device, int64_t bytes, void* host) override;
+
+  absl::StatusOr<std::unique_ptr<LinearWeight>> PrepareLinear(
+      absl::Span<const HostTensor> parts, absl::Span<const HostTensor> biases) override;
+  absl::StatusOr<Buffer> PrepareVector(const HostTensor& vector) override;
+  absl::StatusOr<Buffer> PrepareTable(const HostTensor& table) override;
+  absl::StatusOr<std::unique_ptr<RopeTable>> PrepareRope(absl::Span<const float> inv_freq,
+                                                         float scaling,
+                                                         int64_t max_positions) override;
+
+  absl::Status Embed(absl::Span<const int32_t> ids, const Buffer& table, Matrix out) override;
+  absl::Status RmsNorm(Matrix x, const Buffer& weight, float eps, Matrix out) override;
+  absl::Status Linear(const LinearWeight& weight, Matrix in, Matrix out,
+                      LinearOutput mode) override;
+  absl::Status RopeAndStoreKv(const RopeArgs& args) override;
+  absl::Status SelectBlocks(const SelectArgs& args) override;
+  absl::Status Attention(const AttentionArgs& args) override;
+  absl::Status SwiGlu(Matrix gate_up, Matrix out) override;
+
+  absl::Status ReadKv(const KvPages& kv, int64_t token_begin, int64_t token_count,
+                      absl::Span<std::byte> out) override;
+  absl::StatusOr<BlockSelection> ReadSelection() override { return selector_.Read(stream_.get()); }
+  void ResetStats(int32_t num_layers) override;
+  absl::StatusOr<BackendStats> ReadStats() override;
+
+ private:
+  struct Resources {
+    Stream stream, copy_stream;
+    HostTransfer transfer;
+    std::unique_ptr<CublasLtGemm> gemm;
+    DeviceMemory words;
+  };
+  CudaBackend(std::string device, int num_sms, Resources resources);
+
+  void Free(void* data) override;
+  absl::Status CheckLayer(int32_t layer) const;
+  // Uploads `tensor` as `dtype` to device memory.
+  absl::Status UploadAs(const HostTensor& tensor, DType dtype, void* device);
+  // Concatenates parts as bf16. Null for no parts.
+  absl::StatusOr<DeviceMemory> UploadParts(absl::Span<const HostTensor> parts);
+  // Notes the point on the stream where the KV of `pages` is written.
+  absl::Status MarkWritten(const void* pages);
+  // Adds what an Attention call executed to its layer's statistics.
+  absl::Status CountBlocks(const AttentionArgs& args);
+
+  const std::string device_;
+  const int num_sms_;
+  Stream stream_, copy_stream_;
+  HostTransfer transfer_;
+  std::unique_ptr<CublasLtGemm> gemm_;
+  DeviceMemory words_;
+  BlockSelector selector_;
+  DeviceScratch ids_, kv_staging_, selected_totals_;
+  EventTimer selection_timer_, attention_timer_;
+  absl::flat_hash_map<const void*, Event>
+      written_;  // by KvPages::pages: when its last token was written
+  std::vector<LayerStats>
+      dense_stats_;              // of attention without a selection; the rest is on the device
+  bool totals_cleared_ = false;  // selected_totals_, since ResetStats
+};
+
+}  // namespace headstart::cuda

@@ -1,0 +1,26 @@
+// Adds up the device time between pairs of points on a stream.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/cuda/cuda_resources.h"
+
+namespace headstart::cuda {
+
+class EventTimer {
+ public:
+  absl::Status Begin(cudaStream_t stream);
+  absl::Status End(cudaStream_t stream);
+  // Seconds since Reset; the stream must have passed the last End.
+  absl::StatusOr<double> Seconds() const;
+  void Reset() { used_ = 0; }
+
+ private:
+  std::vector<std::pair<Event, Event>> pairs_;
+  size_t used_ = 0;
+};
+
+}  // namespace headstart::cuda

@@ -1,0 +1,207 @@
+// The kernels of the CUDA backend, as functions that enqueue them. Every launcher enqueues on
+// `stream`, does not synchronise and allocates nothing; what it points to must live until the
+// stream has passed. All pointers are device memory, all activations bf16, 16-byte aligned, with
+// row strides (in elements) that are multiples of 8.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/attention_params.h"
+
+namespace headstart::cuda {
+
+// ---- elementwise
+
+// out[i] = table[ids[i]]. table: [vocab, hidden]; out: [num_ids, hidden].
+struct EmbeddingParams {
+  const int32_t* ids;
+  const void* table;
+  void* out;
+  int64_t num_ids, hidden, out_stride;
+};
+cudaError_t LaunchEmbedding(const EmbeddingParams& params, cudaStream_t stream);
+
+// out = x / sqrt(mean(x^2) + eps) * weight, row by row. weight: f32 [hidden]; hidden a multiple
+// of 8.
+struct RmsNormParams {
+  const void* x;
+  const float* weight;
+  void* out;
+  int64_t rows, hidden, x_stride, out_stride;
+  float eps;
+};
+cudaError_t LaunchRmsNorm(const RmsNormParams& params, cudaStream_t stream);
+
+// out = silu(gate) * up; gate_up: [rows, 2 cols], gate first; out: [rows, cols]; cols a multiple
+// of 8.
+struct SwiGluParams {
+  const void* gate_up;
+  void* out;
+  int64_t rows, cols, gate_up_stride, out_stride;
+};
+cudaError_t LaunchSwiGlu(const SwiGluParams& params, cudaStream_t stream);
+
+// cos_sin[position][i] = scaling * (cos, sin)(position * inv_freq[i]), the product in fp32.
+struct RopeTableParams {
+  const float* inv_freq;  // [half]
+  float2* cos_sin;        // [positions][half]
+  int64_t positions, half;
+  float scaling;
+};
+cudaError_t LaunchRopeTable(const RopeTableParams& params, cudaStream_t stream);
+
+// Q and K heads: RMSNorm where a weight is given, then RoPE ("rotate half"). Q in place, K and V to
+// the pages.
+struct RopeKvWriteParams {
+  void* qkv;  // [rows, (H + 2 H_kv) d]
+  int64_t rows, qkv_stride, first_position;
+  const float2* cos_sin;  // [positions][d / 2]
+  const float* q_norm;    // f32 [d] or null
+  const float* k_norm;
+  float eps;
+  KvPages kv;
+};
+cudaError_t LaunchRopeKvWrite(const RopeKvWriteParams& params, cudaStream_t stream);
+
+// Gathers tokens [token_begin, token_begin + token_count) of the pages: K, then V, each
+// [H_kv][token_count][d]. Sets *not_finite (never clears it) when a value is infinite or NaN.
+struct KvGatherParams {
+  KvPages kv;
+  int64_t token_begin, token_count;
+  void* out;
+  uint32_t* not_finite;
+};
+cudaError_t LaunchKvGather(const KvGatherParams& params, cudaStream_t stream);
+
+// ---- attention
+
+// Kept key blocks of every head and query block, or all of them.
+struct KeptBlocks {
+  // Per head, `head_stride` entries; the row m (query block) starts at RankingOffset(m) of
+  // BlockSelection and holds its count[head][m - first_row] blocks in falling order, the diagonal
+  // first. Null: dense.
+  const uint16_t* lists = nullptr;
+  const int32_t* counts = nullptr;  // [num_heads][num_rows]
+  int64_t head_stride = 0;
+};
+
+// Causal GQA attention, scale 1 / sqrt(d), d 64 or 128. Row r of q is the token first_position + r;
+// the pages hold tokens [0, first_position + rows). Deterministic bit for bit.
+struct AttentionParams {
+  const void* q;
+  void* out;
+  int64_t rows, q_stride, out_stride;
+  int64_t first_position;  // any when dense, a multiple of kBlockTokens with lists
+  KvPages kv;
+  KeptBlocks kept;
+  uint32_t* tile_counter;  // one word, 0; left 0; one launch at a time
+  int num_sms;
+};
+cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream);
+
+// ---- block selection (ProxyAttn, arXiv 2509.24745); words as in kernels/attention_params.h
+
+// Every stride-th token from token 0 on, averaged over the heads of a group: fp32 sum in rising
+// head order, divided, rounded to bf16. out: [num_groups][num_samples][d].
+struct PoolQueriesParams {
+  const void* q;
+  int64_t rows, q_stride;
+  HeadShape shape;
+  int32_t num_groups, stride;
+  void* out;
+};
+cudaError_t LaunchPoolQueries(const PoolQueriesParams& params, cudaStream_t stream);
+struct PoolKeysParams {
+  KvPages kv;
+  int64_t num_tokens;
+  int32_t num_groups, stride;
+  void* out;
+};
+cudaError_t LaunchPoolKeys(const PoolKeysParams& params, cudaStream_t stream);
+
+// Block scores of the query blocks [first_row, first_row + num_rows): log2 of the max-pooled
+// softmax of the sampled logits. Ranks like the probabilities do.
+struct ProxyScoreParams {
+  const void* q;  // [num_proxies][num_q][d]
+  const void* k;  // [num_key_heads][first_sample + num_q][d]; proxy p reads head p * num_key_heads
+                  // / num_proxies
+  int64_t num_q;  // sampled queries
+  int64_t first_sample;  // sampled index of query 0; first_row * kBlockTokens / stride
+  int32_t num_proxies, num_key_heads, head_dim, stride;
+  void* row_maxima;        // scratch: ProxyScoreScratch::maxima_bytes
+  void* row_sums;          // scratch: ProxyScoreScratch::sums_bytes
+  float* scores;           // [num_proxies][num_rows][score_stride]; blocks n > m are not written
+  int64_t score_stride;    // >= key blocks
+  uint32_t* tile_counter;  // as in AttentionParams
+  int num_sms;
+};
+struct ProxyScoreScratch {
+  int64_t maxima_bytes, sums_bytes;
+};
+ProxyScoreScratch PlanProxyScore(int64_t num_q, int64_t first_sample, int32_t num_proxies,
+                                 int32_t stride);
+cudaError_t LaunchProxyScore(const ProxyScoreParams& params, cudaStream_t stream);
+
+// Attention mass of every key block in the last query block of a chunk: mass[head][n] >= 0, each
+// head's sum is 1.
+struct BlockMassParams {
+  const void* q;  // the chunk's, [rows, H d]
+  int64_t rows, q_stride, first_position;
+  KvPages kv;
+  float2* partial;  // scratch: [num_heads][key blocks][kBlockTokens] {maximum, sum}
+  float* log_sums;  // scratch: [num_heads][kBlockTokens]
+  float* mass;      // [num_heads][key blocks]
+};
+cudaError_t LaunchBlockMass(const BlockMassParams& params, cudaStream_t stream);
+
+// What the launches below share.
+struct SelectionShape {
+  int32_t num_heads, num_proxies;
+  int64_t first_row, num_rows;  // query blocks
+  int64_t score_stride;
+  int32_t sink_blocks, local_blocks, dense_tail_rows;
+
+  __host__ __device__ int64_t num_key_blocks() const { return first_row + num_rows; }
+};
+
+// Per head, the least number of blocks whose mass reaches gamma: in order of falling mass (own), or
+// of the proxy's ranking of the last row (shared). Raises budget_ratio to it; keeps max(floor,
+// ratio of all key blocks).
+struct HeadBudgetParams {
+  SelectionShape shape;
+  bool shared;
+  float gamma;
+  int32_t floor_blocks;
+  const float* mass;  // [num_heads][key blocks]
+  const float* scores;
+  float* budget_ratio;     // [num_heads]
+  int32_t* budget_blocks;  // out: [num_heads]
+};
+cudaError_t LaunchHeadBudget(const HeadBudgetParams& params, cudaStream_t stream);
+cudaError_t LaunchFixedBudget(int32_t num_heads, int32_t blocks, int32_t* budget_blocks,
+                              cudaStream_t stream);
+
+struct SelectionTotals {
+  uint64_t executed_blocks, causal_blocks, dense_fallback;
+};
+
+// Turns budgets into counts and lists of blocks; all counts are m + 1 when more than
+// dense_above_density of the causal blocks would be kept.
+struct BlockSelectParams {
+  SelectionShape shape;
+  const int32_t* budget_blocks;
+  const float* scores;
+  float dense_above_density;
+  SelectionTotals* totals;  // out
+  uint16_t* lists;          // out, as in KeptBlocks
+  int32_t* counts;          // out
+  int64_t head_stride;
+};
+cudaError_t LaunchBlockSelect(const BlockSelectParams& params, cudaStream_t stream);
+// *sum += *totals.
+cudaError_t LaunchAddTotals(const SelectionTotals* totals, SelectionTotals* sum,
+                            cudaStream_t stream);
+
+}  // namespace headstart::cuda

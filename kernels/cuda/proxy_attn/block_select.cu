@@ -1,0 +1,149 @@
+// From budgets and scores to lists of blocks (ProxyAttn, arXiv 2509.24745, step 3).
+//
+// A head keeps the first count blocks of its proxy's ranking, which is a set: no row is sorted. A
+// warp finds the count-th largest key by its bits and writes the kept blocks in falling order, so
+// that a full list is the dense order and the attention over it the same bit for bit.
+#include "kernels/cuda/proxy_attn/ranking.cuh"
+
+namespace headstart::cuda {
+namespace {
+
+// Kept and causal blocks of one head over all rows.
+__device__ __forceinline__ int64_t Triangle(int64_t rows) { return rows * (rows + 1) / 2; }
+
+__device__ __forceinline__ int64_t KeptBlocksOfHead(const SelectionShape& shape, int64_t budget) {
+  const int64_t begin = shape.first_row, end = shape.num_key_blocks();
+  const int64_t tail = max(begin, end - shape.dense_tail_rows);
+  const int64_t full = min(max(budget, begin), tail);  // rows before this one keep everything
+  return Triangle(full) - Triangle(begin) + (tail - full) * budget + Triangle(end) - Triangle(tail);
+}
+
+// One warp: whether all run dense, and how many blocks are kept.
+__global__ void ResolveKernel(const BlockSelectParams params) {
+  const SelectionShape& shape = params.shape;
+  unsigned long long kept = 0;
+  for (int head = threadIdx.x; head < shape.num_heads; head += 32) {
+    kept += KeptBlocksOfHead(shape, params.budget_blocks[head]);
+  }
+#pragma unroll
+  for (int offset = 16; offset > 0; offset >>= 1) kept += __shfl_xor_sync(~0u, kept, offset);
+  if (threadIdx.x != 0) return;
+  const uint64_t causal =
+      shape.num_heads * (Triangle(shape.num_key_blocks()) - Triangle(shape.first_row));
+  const bool dense =
+      static_cast<double>(kept) > static_cast<double>(params.dense_above_density) * causal;
+  *params.totals = {dense ? causal : kept, causal, dense};
+}
+
+__global__ void AddTotalsKernel(const SelectionTotals* totals, SelectionTotals* sum) {
+  sum->executed_blocks += totals->executed_blocks;
+  sum->causal_blocks += totals->causal_blocks;
+  sum->dense_fallback += totals->dense_fallback;
+}
+
+constexpr int kWarps = 4;
+
+// The largest key that at least `count` of the keys reach. keys: padded with zeros to a multiple of
+// 128.
+__device__ __forceinline__ uint32_t CountthKey(const uint32_t* keys, int padded, int count) {
+  uint32_t threshold = 0;
+  for (int bit = 31; bit >= 0; --bit) {
+    const uint32_t candidate = threshold | 1u << bit;
+    unsigned reached = 0;
+    for (int n = threadIdx.x % 32 * 4; n < padded; n += 128) {
+      const uint4 four = *reinterpret_cast<const uint4*>(keys + n);
+      reached += (four.x >= candidate) + (four.y >= candidate) + (four.z >= candidate) +
+                 (four.w >= candidate);
+    }
+    reached = __reduce_add_sync(~0u, reached);
+    if (reached >= count) threshold = candidate;
+    if (reached == count) break;  // nothing below it matters
+  }
+  return threshold;
+}
+
+// Writes the blocks above the threshold, and of those on it the lowest, in falling order; `count`
+// in all.
+__device__ __forceinline__ void WriteKept(const uint32_t* keys, int blocks, uint32_t threshold,
+                                          int count, uint16_t* list) {
+  const int lane = threadIdx.x % 32;
+  int above = 0, equal = 0;
+  for (int n = lane; n < blocks; n += 32) {
+    above += keys[n] > threshold;
+    equal += keys[n] == threshold;
+  }
+  above = __reduce_add_sync(~0u, above);
+  int equal_below =
+      __reduce_add_sync(~0u, equal);  // on the threshold, among the blocks not yet visited
+  const int equal_kept = count - above;
+  int written = 0;
+  for (int first = (blocks - 1) / 32 * 32; first >= 0; first -= 32) {
+    const int n = first + 31 - lane;  // falling with the lane
+    const uint32_t key = n < blocks ? keys[n] : 0;
+    const bool is_equal = n < blocks && key == threshold;
+    const uint32_t equals = __ballot_sync(~0u, is_equal);
+    const uint32_t lanes_before = (1u << lane) - 1;
+    const int rank =
+        equal_below - 1 - __popc(equals & lanes_before);  // of this one, counted from the lowest
+    const uint32_t kept = __ballot_sync(~0u, key > threshold || (is_equal && rank < equal_kept));
+    if (kept >> lane & 1) list[written + __popc(kept & lanes_before)] = static_cast<uint16_t>(n);
+    written += __popc(kept);
+    equal_below -= __popc(equals);
+  }
+}
+
+// A warp a row (blockIdx.x) and head (blockIdx.y). Shared memory: kWarps * key_capacity keys.
+__global__ void __launch_bounds__(kWarps * 32)
+    SelectKernel(const BlockSelectParams params, int key_capacity) {
+  extern __shared__ uint4 raw_keys[];
+  const SelectionShape& shape = params.shape;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y;
+  const int row =
+      static_cast<int>(shape.num_rows) - 1 - static_cast<int>(blockIdx.x * kWarps) - warp;
+  if (row < 0) return;
+  const int64_t first = shape.first_row, m = first + row;
+  const int blocks = static_cast<int>(m) + 1;
+  const bool dense =
+      params.totals->dense_fallback != 0 || row >= shape.num_rows - shape.dense_tail_rows;
+  const int count = dense ? blocks : min(blocks, params.budget_blocks[head]);
+  uint16_t* list = params.lists + head * params.head_stride + Triangle(m) - Triangle(first);
+  if (lane == 0) params.counts[head * shape.num_rows + row] = count;
+  if (count == blocks) {
+    for (int i = lane; i < blocks; i += 32) list[i] = static_cast<uint16_t>(m - i);
+    return;
+  }
+  uint32_t* keys = reinterpret_cast<uint32_t*>(raw_keys) + warp * key_capacity;
+  const int proxy = head / (shape.num_heads / shape.num_proxies);
+  const float* scores = params.scores + (proxy * shape.num_rows + row) * shape.score_stride;
+  const int padded = (blocks + 127) / 128 * 128;
+  for (int n = lane; n < padded; n += 32) {
+    keys[n] = n < blocks ? RankKey(n, static_cast<int>(m), n < m ? scores[n] : 0.0f, shape) : 0;
+  }
+  __syncwarp();
+  WriteKept(keys, blocks, CountthKey(keys, padded, count), count, list);
+}
+
+}  // namespace
+
+cudaError_t LaunchBlockSelect(const BlockSelectParams& params, cudaStream_t stream) {
+  const SelectionShape& shape = params.shape;
+  const int key_capacity = static_cast<int>((shape.num_key_blocks() + 127) / 128 * 128);
+  const int bytes = kWarps * key_capacity * static_cast<int>(sizeof(uint32_t));
+  constexpr int kMostBytes = 227 * 1024;  // 1.8M tokens
+  if (bytes > kMostBytes) return cudaErrorInvalidValue;
+  static const cudaError_t configured =
+      cudaFuncSetAttribute(SelectKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes);
+  if (configured != cudaSuccess) return configured;
+  ResolveKernel<<<1, 32, 0, stream>>>(params);
+  const dim3 grid(static_cast<unsigned>((shape.num_rows + kWarps - 1) / kWarps), shape.num_heads);
+  SelectKernel<<<grid, kWarps * 32, bytes, stream>>>(params, key_capacity);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchAddTotals(const SelectionTotals* totals, SelectionTotals* sum,
+                            cudaStream_t stream) {
+  AddTotalsKernel<<<1, 1, 0, stream>>>(totals, sum);
+  return cudaGetLastError();
+}
+
+}  // namespace headstart::cuda
