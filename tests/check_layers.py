@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Fails when a source file includes what its layer must not know. usage: check_layers.py REPO_ROOT
+
+The table below is the one in README.md. The most specific folder of a file decides.
+"""
+import pathlib
+import re
+import sys
+
+PROJECT = ("kernels/", "engine/", "server/", "client/", "tests/", "headstart/", "google/rpc/")
+GENERATED = ("headstart/v1/", "google/rpc/")
+BASE = ("kernels/base/",)
+
+# Folder: the headers of this project that its files may include.
+MAY_INCLUDE = {
+    "kernels/base/": BASE,
+    "kernels/": (*BASE, "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h", "kernels/make_backend.h",
+                 "kernels/cpu/cpu_backend.h", "kernels/cuda/cuda_backend.h"),
+    "kernels/cpu/": (*BASE, "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h", "kernels/cpu/"),
+    "kernels/cuda/": (*BASE, "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h", "kernels/cuda/"),
+    "engine/": (*BASE, "engine/", "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h"),
+    "server/": (*BASE, *GENERATED, "server/", "engine/", "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h"),
+    "client/": (*GENERATED, "client/"),
+    "client/decode/": (*GENERATED, *BASE, "client/", "engine/", "kernels/backend.h", "kernels/attention_params.h"),
+}
+
+# Third-party header: the folders whose files may include it. Others than these (Abseil, system headers) are free.
+ONLY_FOR = {
+    "grpcpp/": ("server/", "client/"),
+    "grpc/": ("server/", "client/"),
+    "google/protobuf/": ("server/", "client/"),
+    "prometheus/": ("server/",),
+    "httplib.h": ("server/",),
+    "spdlog/": ("server/",),
+    "CLI/": ("server/", "client/"),
+    "nlohmann/": ("engine/", "server/", "client/"),
+    "oneapi/": ("kernels/cpu/",),
+    "dnnl": ("kernels/cpu/",),
+    "omp.h": ("kernels/cpu/",),
+    "immintrin.h": ("kernels/cpu/",),
+    "cublas": ("kernels/cuda/",),
+    "cuda": ("kernels/cuda/",),
+}
+
+SOURCES = {".h", ".cc", ".cuh", ".cu"}
+DEVICE_SOURCES = {".cuh", ".cu"}
+INCLUDE = re.compile(r'\s*#\s*include\s*["<]([^">]+)[">]')
+CUDA_SWITCH = re.compile(r"\s*#\s*(?:el)?if.*HEADSTART_ENABLE_CUDA")
+CUDA_SWITCH_FILE = "kernels/make_backend.cc"
+
+
+def folder_of(path):
+    """The most specific folder of MAY_INCLUDE that holds the file."""
+    return max((folder for folder in MAY_INCLUDE if path.startswith(folder)), key=len)
+
+
+def objection(path, header):
+    """Why the file must not include the header, or None."""
+    folder = folder_of(path)
+    if header.startswith(PROJECT):
+        return None if header.startswith(MAY_INCLUDE[folder]) else f"{folder} must not include {header}"
+    for prefix, owners in ONLY_FOR.items():
+        if header.startswith(prefix) and not path.startswith(owners):
+            return f"{header} is only for {', '.join(owners)}"
+    if pathlib.PurePath(path).suffix in DEVICE_SOURCES and header.startswith("absl/"):
+        return f"device code must not include {header}"
+    return None
+
+
+def check_file(path, text):
+    for number, line in enumerate(text.splitlines(), 1):
+        match = INCLUDE.match(line)
+        problem = objection(path, match[1]) if match else None
+        if CUDA_SWITCH.match(line) and path != CUDA_SWITCH_FILE:
+            problem = f"HEADSTART_ENABLE_CUDA is read in {CUDA_SWITCH_FILE} only"
+        if problem:
+            yield f"{path}:{number}: {problem}"
+
+
+def main():
+    root = pathlib.Path(sys.argv[1])
+    layers = sorted({folder.split("/")[0] for folder in MAY_INCLUDE})
+    files = [path for layer in layers for path in sorted((root / layer).rglob("*")) if path.suffix in SOURCES]
+    problems = [p for path in files for p in check_file(path.relative_to(root).as_posix(), path.read_text())]
+    print(*problems, f"{len(files)} files, {len(problems)} problems", sep="\n")
+    sys.exit(bool(problems) or not files)
+
+
+if __name__ == "__main__":
+    main()
