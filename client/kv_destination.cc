@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 
 #include "absl/container/flat_hash_set.h"
 #include "absl/numeric/int128.h"
@@ -66,6 +67,16 @@ absl::StatusOr<KvDestination> ContiguousKv(const KvShape& shape, absl::Span<std:
     destination.layers.push_back({.k = layer, .v = layer + plane});
   }
   return destination;
+}
+
+absl::StatusOr<KvBuffer> AllocateKv(const KvShape& shape) {
+  KvBuffer buffer{.data = nullptr, .bytes = shape.total_bytes()};
+  buffer.data.reset(new (std::nothrow) std::byte[buffer.bytes]);
+  if (buffer.data == nullptr) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("no memory for ", buffer.bytes, " bytes of KV"));
+  }
+  return buffer;
 }
 
 absl::Status CheckDestination(const KvDestination& destination, const KvShape& shape) {

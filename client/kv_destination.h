@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -58,6 +59,16 @@ KvStrides PackedStrides(const KvShape& shape, PageLayout layout, int64_t page_to
 // [layer][K, V][kv_heads][num_tokens][head_dim]. INVALID_ARGUMENT when `memory` is not exactly
 // shape.total_bytes().
 absl::StatusOr<KvDestination> ContiguousKv(const KvShape& shape, absl::Span<std::byte> memory);
+
+// Memory for a contiguous destination, not initialised. RESOURCE_EXHAUSTED when there is not
+// enough.
+struct KvBuffer {
+  std::unique_ptr<std::byte[]> data;
+  int64_t bytes = 0;
+
+  absl::Span<std::byte> span() const { return {data.get(), static_cast<size_t>(bytes)}; }
+};
+absl::StatusOr<KvBuffer> AllocateKv(const KvShape& shape);
 
 // INVALID_ARGUMENT when the shape would be written outside of plane_bytes, a page is used twice, or
 // a field makes no sense. Whether rows overlap through small strides is the caller's business.

@@ -1,0 +1,123 @@
+#include "client/command_flags.h"
+
+#include <cstdio>
+#include <map>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "client/grpc_status.h"
+
+namespace headstart {
+namespace {
+
+const std::map<std::string, v1::AttentionPreset>& Presets() {
+  static const auto* presets =
+      new std::map<std::string, v1::AttentionPreset>{{"exact", v1::ATTENTION_PRESET_EXACT},
+                                                     {"paper", v1::ATTENTION_PRESET_PAPER},
+                                                     {"balanced", v1::ATTENTION_PRESET_BALANCED},
+                                                     {"fast", v1::ATTENTION_PRESET_FAST}};
+  return *presets;
+}
+
+const std::map<std::string, v1::BudgetRule>& BudgetRules() {
+  static const auto* rules =
+      new std::map<std::string, v1::BudgetRule>{{"own", v1::BUDGET_RULE_OWN},
+                                                {"shared", v1::BUDGET_RULE_SHARED},
+                                                {"row", v1::BUDGET_RULE_ROW}};
+  return *rules;
+}
+
+}  // namespace
+
+void AddConnectionFlags(CLI::App& app, PrefillClientOptions* options) {
+  options->target = "127.0.0.1:8443";
+  app.add_option("--target", options->target,
+                 "Server, as gRPC names it: host:port, dns:///name:port, unix:PATH")
+      ->envname("HEADSTART_TARGET")
+      ->capture_default_str();
+  app.add_flag("--tls", options->tls.enabled, "Use TLS; implied by the files below");
+  const auto add_file = [&](const char* flag, std::string* path, const char* help) {
+    app.add_option(flag, *path, help)
+        ->check(CLI::ExistingFile)
+        ->each([options](const std::string&) { options->tls.enabled = true; });
+  };
+  add_file("--tls-ca", &options->tls.ca_file,
+           "Authorities that the server's certificate is checked against (PEM)");
+  add_file("--tls-cert", &options->tls.cert_file, "Client certificate, for mTLS (PEM)");
+  add_file("--tls-key", &options->tls.key_file, "Its key (PEM)");
+  app.add_option("--tls-server-name", options->tls.server_name,
+                 "Name expected in the server's certificate");
+  app.add_option_function<double>(
+         "--timeout", [options](double seconds) { options->timeout = absl::Seconds(seconds); },
+         "Seconds for one request, retries included")
+      ->check(CLI::Range(0.001, 86400.0))
+      ->default_str("120");
+  app.add_flag("--wait", options->wait_for_ready,
+               "Wait for the server to come up, until the timeout");
+}
+
+void AddAttentionFlags(CLI::App& app, bool with_preset, AttentionFlags* flags) {
+  const std::string group = "Attention (default: the server's)";
+  if (with_preset) {
+    app.add_option("--preset", flags->preset, "exact (dense), paper, balanced or fast")
+        ->check(CLI::IsMember(Presets()))
+        ->group(group);
+  }
+  app.add_option("--gamma", flags->gamma,
+                 "Probability mass that a head's budget must reach, (0, 1]")
+      ->group(group);
+  app.add_option("--budget", flags->budget, "Budget rule: own, shared or row")
+      ->check(CLI::IsMember(BudgetRules()))
+      ->group(group);
+  const auto add = [&](const char* flag, std::optional<uint32_t>* value, const char* help) {
+    app.add_option(flag, *value, help)->group(group);
+  };
+  add("--num-proxies", &flags->num_proxies, "Proxies g");
+  add("--stride", &flags->stride, "Tokens per sampled token: 4, 8 or 16");
+  add("--floor-tokens", &flags->floor_tokens, "Least budget of a head");
+  add("--sink-blocks", &flags->sink_blocks, "Blocks always kept at the start: 0 or 1");
+  add("--local-blocks", &flags->local_blocks, "Blocks always kept before the diagonal one");
+  add("--dense-tail-blocks", &flags->dense_tail_blocks, "Last query blocks that see everything");
+  add("--dense-below-tokens", &flags->dense_below_tokens, "Prompts up to this length run dense");
+}
+
+std::optional<v1::AttentionOptions> ToAttentionOptions(const AttentionFlags& flags) {
+  v1::AttentionOptions options;
+  if (!flags.preset.empty()) options.set_preset(Presets().at(flags.preset));
+  if (!flags.budget.empty()) options.set_budget(BudgetRules().at(flags.budget));
+  if (flags.num_proxies) options.set_num_proxies(*flags.num_proxies);
+  if (flags.stride) options.set_stride(*flags.stride);
+  if (flags.gamma) options.set_gamma(*flags.gamma);
+  if (flags.floor_tokens) options.set_floor_tokens(*flags.floor_tokens);
+  if (flags.sink_blocks) options.set_sink_blocks(*flags.sink_blocks);
+  if (flags.local_blocks) options.set_local_blocks(*flags.local_blocks);
+  if (flags.dense_tail_blocks) options.set_dense_tail_blocks(*flags.dense_tail_blocks);
+  if (flags.dense_below_tokens) options.set_dense_below_tokens(*flags.dense_below_tokens);
+  if (options.ByteSizeLong() == 0) return std::nullopt;
+  return options;
+}
+
+std::string PresetName(v1::AttentionPreset preset) {
+  absl::string_view name = v1::AttentionPreset_Name(preset);
+  absl::ConsumePrefix(&name, "ATTENTION_PRESET_");
+  return absl::AsciiStrToLower(name);
+}
+
+int ReportStatus(const std::string& command, const absl::Status& status) {
+  if (status.ok()) return 0;
+  std::fprintf(stderr, "headstart %s: %s\n", command.c_str(), DescribeStatus(status).c_str());
+  switch (status.code()) {
+    case absl::StatusCode::kInvalidArgument:
+    case absl::StatusCode::kNotFound:
+    case absl::StatusCode::kFailedPrecondition:
+      return 2;
+    case absl::StatusCode::kUnavailable:
+    case absl::StatusCode::kResourceExhausted:
+      return 75;
+    default:
+      return 5;
+  }
+}
+
+}  // namespace headstart

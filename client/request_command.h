@@ -1,0 +1,14 @@
+// `headstart request`: sends one prompt and says what came of it.
+#pragma once
+
+#include <functional>
+
+#include "CLI/CLI.hpp"
+
+namespace headstart {
+
+// Adds the subcommand. When it is the chosen one it runs while the command line is parsed, and
+// hands its exit code to `set_exit_code`.
+void AddRequestCommand(CLI::App& app, std::function<void(int)> set_exit_code);
+
+}  // namespace headstart
