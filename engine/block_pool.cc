@@ -24,7 +24,7 @@ absl::StatusOr<BlockLease> BlockPool::Acquire(int64_t count) {
     return absl::FailedPreconditionError(
         absl::StrCat("needs ", count, " KV pages, the pool has ", num_pages_));
   }
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   const auto num_free = static_cast<int64_t>(free_.size());
   if (count > num_free) {
     return absl::ResourceExhaustedError(
@@ -37,23 +37,23 @@ absl::StatusOr<BlockLease> BlockPool::Acquire(int64_t count) {
 }
 
 void BlockPool::Release(const std::vector<int32_t>& pages) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   free_.insert(free_.end(), pages.rbegin(), pages.rend());
   released_ += static_cast<int64_t>(pages.size());
 }
 
 int64_t BlockPool::free_pages() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return static_cast<int64_t>(free_.size());
 }
 
 int64_t BlockPool::acquired() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return acquired_;
 }
 
 int64_t BlockPool::released() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return released_;
 }
 

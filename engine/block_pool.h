@@ -6,7 +6,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
+#include "kernels/base/mutex.h"
 
 namespace headstart {
 
@@ -53,7 +53,7 @@ class BlockPool {
   void Release(const std::vector<int32_t>& pages);
 
   const int64_t num_pages_;
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   std::vector<int32_t> free_ ABSL_GUARDED_BY(mutex_);
   int64_t acquired_ ABSL_GUARDED_BY(mutex_) = 0;
   int64_t released_ ABSL_GUARDED_BY(mutex_) = 0;

@@ -138,10 +138,7 @@ absl::Status Decoder::RunAttention(int32_t layer, const Chunk& chunk, int64_t fi
   attention.kv = kv_.Layer(layer);
   attention.layer = layer;
   attention.out = out;
-  const ProxyAttnOptions* options = chunk.proxy_attn;
-  attention.selected =
-      options != nullptr && std::find(options->dense_layers.begin(), options->dense_layers.end(),
-                                      layer) == options->dense_layers.end();
+  attention.selected = chunk.proxy_attn != nullptr;
   if (attention.selected) {
     SelectArgs select;
     select.q = q;
@@ -149,7 +146,7 @@ absl::Status Decoder::RunAttention(int32_t layer, const Chunk& chunk, int64_t fi
     select.kv = attention.kv;
     select.layer = layer;
     select.ends_prompt = chunk.ends_prompt;
-    select.options = options;
+    select.options = chunk.proxy_attn;
     select.budget_ratio = static_cast<float*>(budget_ratio_.data()) + layer * heads.num_heads;
     HEADSTART_RETURN_IF_ERROR(backend_.SelectBlocks(select));
   }

@@ -177,9 +177,7 @@ absl::StatusOr<PrefillResult> Engine::State::Run(const PrefillJob& job, KvSink& 
 
   KvExport to_sink(*backend, sink);
   Chunk chunk;
-  if (job.attention.enabled && num_tokens > job.attention.dense_below_tokens) {
-    chunk.proxy_attn = &job.attention;
-  }
+  chunk.proxy_attn = job.attention.enabled ? &job.attention : nullptr;
   for (int64_t begin = 0; begin < num_tokens; begin += options.chunk_tokens) {
     const int64_t count = std::min(options.chunk_tokens, num_tokens - begin);
     chunk.token_ids = absl::MakeConstSpan(job.token_ids).subspan(begin, count);

@@ -7,18 +7,18 @@
 namespace headstart::testing {
 
 void FaultBackend::SetHook(Hook hook) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   hook_ = std::move(hook);
 }
 
 void FaultBackend::PoisonOutput(absl::string_view op, int32_t layer) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   poisoned_op_ = std::string(op);
   poisoned_layer_ = layer;
 }
 
 int64_t FaultBackend::CountCalls(absl::string_view op) const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   const auto found = calls_.find(op);
   return found == calls_.end() ? 0 : found->second;
 }
@@ -27,7 +27,7 @@ absl::Status FaultBackend::Before(absl::string_view op, int64_t bytes) {
   Hook hook;
   BackendCall call{op, -1, bytes};
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     ++calls_[std::string(op)];
     if (op == "Embed") {
       layer_ = 0;
@@ -43,7 +43,7 @@ absl::Status FaultBackend::Before(absl::string_view op, int64_t bytes) {
 
 absl::Status FaultBackend::After(absl::string_view op, Matrix out) {
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     if (op != poisoned_op_ || layer_ != poisoned_layer_) return absl::OkStatus();
   }
   const float nan = std::numeric_limits<float>::quiet_NaN();
@@ -115,7 +115,7 @@ absl::Status FaultBackend::RopeAndStoreKv(const RopeArgs& args) {
 
 absl::Status FaultBackend::SelectBlocks(const SelectArgs& args) {
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     layer_ = args.layer;
   }
   HEADSTART_RETURN_IF_ERROR(Before("SelectBlocks"));
@@ -124,7 +124,7 @@ absl::Status FaultBackend::SelectBlocks(const SelectArgs& args) {
 
 absl::Status FaultBackend::Attention(const AttentionArgs& args) {
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     layer_ = args.layer;
   }
   HEADSTART_RETURN_IF_ERROR(Before("Attention"));

@@ -11,8 +11,8 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
-#include "absl/synchronization/mutex.h"
 #include "kernels/backend.h"
+#include "kernels/base/mutex.h"
 
 namespace headstart::testing {
 
@@ -30,7 +30,7 @@ struct BackendCall {
 // thread that calls the backend.
 class FaultBackend : public Backend {
  public:
-  // Runs before the call. May block (on an absl::Notification, to hold a layer). When it returns an
+  // Runs before the call. May block (on a Notification, to hold a layer). When it returns an
   // error the call does not happen and returns this error.
   using Hook = std::function<absl::Status(const BackendCall&)>;
 
@@ -81,7 +81,7 @@ class FaultBackend : public Backend {
   absl::Status After(absl::string_view op, Matrix out);
 
   std::unique_ptr<Backend> inner_;
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   Hook hook_ ABSL_GUARDED_BY(mutex_);
   std::string poisoned_op_ ABSL_GUARDED_BY(mutex_);
   int32_t poisoned_layer_ ABSL_GUARDED_BY(mutex_) = -1;
