@@ -1,0 +1,225 @@
+#!/usr/bin/env python3
+"""Writes headstart.json, the Grafana dashboard: edit the panels here, run this, commit both."""
+
+import json
+import pathlib
+
+HERE = pathlib.Path(__file__).resolve().parent
+DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
+WIDTH = 24  # columns of Grafana's grid
+SELECT = '{job=~"$job",instance=~"$instance"}'
+
+
+def select(*matchers):
+    return "{" + ",".join(['job=~"$job"', 'instance=~"$instance"', *matchers]) + "}"
+
+
+def rate(metric, *matchers):
+    return f"rate({metric}{select(*matchers)}[$__rate_interval])"
+
+
+def total(metric, by="", *matchers):
+    grouping = f" by ({by})" if by else ""
+    return f"sum{grouping} ({rate(metric, *matchers)})"
+
+
+def quantile(q, histogram):
+    return f"histogram_quantile({q}, {total(histogram + '_bucket', 'le')})"
+
+
+def share(part, whole):
+    return f"{part} / {whole}"
+
+
+def mean(histogram, by=""):
+    return share(total(histogram + "_sum", by), total(histogram + "_count", by))
+
+
+def quantiles(histogram):
+    return [(quantile(q, histogram), name) for q, name in ((0.5, "p50"), (0.9, "p90"), (0.99, "p99"))]
+
+
+def panel(title, description, unit, queries, kind="timeseries", width=8, **options):
+    """queries: (expression, legend) pairs."""
+    heatmap = kind == "heatmap"
+    targets = [
+        {"refId": chr(ord("A") + index), "datasource": DATASOURCE, "expr": expr, "legendFormat": legend,
+         "editorMode": "code", "range": kind in ("timeseries", "heatmap"),
+         "instant": kind not in ("timeseries", "heatmap"), "format": "heatmap" if heatmap else "time_series"}
+        for index, (expr, legend) in enumerate(queries)
+    ]
+    custom = {"fillOpacity": options.get("fill", 10), "lineWidth": 1, "showPoints": "never"}
+    if options.get("stack"):
+        custom["stacking"] = {"mode": "normal", "group": "A"}
+    defaults = {"unit": unit, "custom": custom if kind == "timeseries" else {}}
+    for key in ("min", "max"):
+        if key in options:
+            defaults[key] = options[key]
+    made = {
+        "title": title, "description": description, "type": kind, "datasource": DATASOURCE, "targets": targets,
+        "fieldConfig": {"defaults": defaults, "overrides": []},
+        "gridPos": {"w": width, "h": options.get("height", 8)},
+    }
+    if kind == "timeseries":
+        made["options"] = {"legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
+                           "tooltip": {"mode": "multi", "sort": "desc"}}
+    elif kind in ("stat", "bargauge"):
+        made["options"] = {"reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
+                           "orientation": "vertical" if kind == "bargauge" else "auto"}
+    elif heatmap:
+        made["options"] = {"calculate": False, "yAxis": {"unit": unit}, "cellGap": 0}
+    return made
+
+
+def service_level():
+    ttft = "headstart_time_to_first_token_seconds"
+    parts = [("queue", "queue"), ("selection", "selection"), ("attention", "attention"),
+             ("other_compute", "other compute"), ("exposed_transfer", "exposed transfer")]
+    decomposition = [(share(total(f"headstart_{part}_seconds_sum"), total(ttft + "_count")), legend)
+                     for part, legend in parts]
+    return [
+        panel("Ready", "Servers that take requests now.", "none",
+              [(f"sum(headstart_ready{SELECT})", "ready")], "stat", 3, height=4),
+        panel("Draining", "Servers that finish what they accepted and take nothing new.", "none",
+              [(f"sum(headstart_draining{SELECT})", "draining")], "stat", 3, height=4),
+        panel("First tokens within 5 s", "The service level that the burn-rate alerts watch; objective 99 %.",
+              "percentunit",
+              [(share(total(ttft + "_bucket", "", 'le=~"5|5.0"'), total(ttft + "_count")), "within 5 s")],
+              "stat", 6, height=4),
+        panel("Prompt tokens", "Tokens of prompts that were computed, per second.", "short",
+              [(total("headstart_prompt_tokens_total"), "tokens/s")], "stat", 6, height=4),
+        panel("Work that waits or runs", "Seconds that one busy server needs for all accepted tokens. The autoscalers "
+              "add servers when this exceeds 2 s for each.", "s",
+              [('sum(job:headstart_backlog_seconds:sum{job=~"$job"})', "backlog")], "stat", 6, height=4),
+        panel("Time to first token", "From accepted to the first token on the wire.", "s", quantiles(ttft), min=0),
+        panel("Where the time goes", "Mean time to first token, split into its parts; they add up.", "s",
+              decomposition, fill=60, stack=True, min=0),
+        panel("Requests by result", "Requests that ended, by gRPC status code.", "reqps",
+              [(total("headstart_requests_total", "code"), "{{code}}")], min=0),
+        panel("Errors and refusals", "Share of requests that end with an error of the server, or are refused because "
+              "the queue is full or the deadline out of reach.", "percentunit",
+              [('job:headstart_server_errors:ratio_rate5m{job=~"$job"}', "errors"),
+               ('job:headstart_refused:ratio_rate5m{job=~"$job"}', "refused")], min=0, max=1),
+        panel("Error budget burn", "How fast the budget of slow first tokens is spent; 1 uses it up in a month, 14.4 in "
+              "two days.", "none",
+              [(f'job:headstart_ttft_slow:ratio_rate{window}{{job=~"$job"}} / 0.01', window)
+               for window in ("5m", "30m", "1h", "6h")], min=0),
+        panel("Saturation", "Accepted and not ended, as a share of what the server takes; at 1 it refuses.",
+              "percentunit",
+              [(share(f"sum(headstart_inflight_tokens{SELECT})", f"sum(headstart_queue_limit_tokens{SELECT})"), "tokens"),
+               (share(f"sum(headstart_queue_requests{SELECT} + headstart_running_requests{SELECT})",
+                      f"sum(headstart_queue_limit_requests{SELECT})"), "requests")], min=0),
+        panel("Queue", "Requests that were accepted and wait, and those that run.", "none",
+              [(f"sum(headstart_queue_requests{SELECT})", "waiting"),
+               (f"sum(headstart_running_requests{SELECT})", "running")], min=0),
+        panel("Time in the queue", "From accepted to the start of compute.", "s",
+              quantiles("headstart_queue_seconds"), min=0),
+    ]
+
+
+def sparsity():
+    density = "headstart_attention_density_ratio"
+    executed, causal = "headstart_attention_executed_blocks_total", "headstart_attention_causal_blocks_total"
+    return [
+        panel("Attention density", "Share of the causal attention blocks that ran, per request; 1 is dense.",
+              "percentunit", [(mean(density), "mean"), *quantiles(density)], min=0, max=1),
+        panel("Density of requests", "How the density is spread over requests.", "percentunit",
+              [(total(density + "_bucket", "le"), "{{le}}")], "heatmap"),
+        panel("Density by layer", "Share of the causal blocks that ran, by layer, over the range of the dashboard.",
+              "percentunit", [(share(f"sum by (layer) (increase({executed}{SELECT}[$__range]))",
+                                     f"sum by (layer) (increase({causal}{SELECT}[$__range]))"), "{{layer}}")],
+              "bargauge", min=0, max=1),
+        panel("Dense fallbacks", "Dense attention although sparse was asked for: whole prompts below the dense limit, "
+              "or layers whose selection kept too much.", "ops",
+              [(total("headstart_attention_fallback_total", "reason"), "{{reason}}")], min=0),
+        panel("Share of selection", "Part of compute that is spent on choosing blocks: the price of sparsity.",
+              "percentunit",
+              [(share(total("headstart_selection_seconds_sum"), total("headstart_compute_seconds_sum")), "selection")],
+              min=0),
+        panel("Blocks run and saved", "Query-key blocks that ran, and that dense attention would have run beyond them.",
+              "ops",
+              [(total(executed), "run"), (f"{total(causal)} - {total(executed)}", "saved")],
+              fill=60, stack=True, min=0),
+    ]
+
+
+def kv_shipping():
+    return [
+        panel("KV sent", "Bytes of KV cache that went to decode nodes.", "Bps",
+              [(total("headstart_kv_bytes_sent_total"), "sent")], min=0),
+        panel("Exposed transfer", "Time that a request's compute stood still because its client had not taken KV.", "s",
+              quantiles("headstart_exposed_transfer_seconds"), min=0),
+        panel("Stalls", "Single waits for a client to take KV, by length.", "s",
+              quantiles("headstart_kv_chunk_stall_seconds"), min=0),
+        panel("Broken streams", "KV streams that ended before the last chunk, by reason.", "reqps",
+              [(total("headstart_kv_transfer_failures_total", "reason"), "{{reason}}")], min=0),
+        panel("Time to the first chunk", "From accepted to the first KV on the wire.", "s",
+              quantiles("headstart_time_to_first_chunk_seconds"), min=0),
+        panel("Connections", "Open gRPC connections, and connections that were closed at a limit.", "none",
+              [(f"sum(headstart_connections{SELECT})", "open"),
+               (total("headstart_connections_shed_total", "reason"), "closed per second: {{reason}}")], min=0),
+    ]
+
+
+def resources():
+    return [
+        panel("Memory", "Resident memory of each server.", "bytes",
+              [(f"process_resident_memory_bytes{SELECT}", "{{instance}}")], min=0),
+        panel("CPU", "CPUs that each server uses.", "none",
+              [(rate("process_cpu_seconds_total"), "{{instance}}")], min=0),
+        panel("File descriptors", "Share of the file descriptors in use; at 1 no connection is accepted.", "percentunit",
+              [(f"process_open_fds{SELECT} / process_max_fds{SELECT}", "{{instance}}")], min=0, max=1),
+        panel("KV pool", "Share of the KV pool's pages in use.", "percentunit",
+              [(f"headstart_kv_cache_utilization_ratio{SELECT}", "{{instance}}")], min=0, max=1),
+        panel("Layers per second", "Progress: zero with work at hand means that a server is stuck.", "ops",
+              [(total("headstart_layers_done_total", "instance"), "{{instance}}")], min=0),
+        panel("Versions", "Servers by version and backend.", "none",
+              [(f"count by (version, backend) (headstart_build_info{SELECT})", "{{version}} {{backend}}")], "stat"),
+    ]
+
+
+def place(rows):
+    """Lays panels out from left to right, one titled row after the other, and numbers them."""
+    panels, y = [], 0
+    for title, members in rows:
+        panels.append({"type": "row", "title": title, "collapsed": False, "panels": [],
+                       "gridPos": {"x": 0, "y": y, "w": WIDTH, "h": 1}})
+        x, line, y = 0, 0, y + 1
+        for member in members:
+            grid = member["gridPos"]
+            if x + grid["w"] > WIDTH:
+                x, line, y = 0, 0, y + line
+            grid.update(x=x, y=y)
+            x, line = x + grid["w"], max(line, grid["h"])
+            panels.append(member)
+        y += line
+    for number, member in enumerate(panels, 1):
+        member["id"] = number
+    return panels
+
+
+def variable(name, label, query):
+    return {"name": name, "label": label, "type": "query", "datasource": DATASOURCE,
+            "query": {"query": query, "refId": name}, "definition": query, "refresh": 2, "sort": 1,
+            "includeAll": True, "multi": True, "current": {"text": ["All"], "value": ["$__all"]}}
+
+
+def dashboard():
+    return {
+        "uid": "headstart", "title": "Headstart", "tags": ["headstart", "prefill"], "schemaVersion": 39, "version": 1,
+        "description": "Prefill servers: service level, sparsity of attention, KV shipping, resources.",
+        "editable": True, "graphTooltip": 1, "refresh": "30s", "timezone": "",
+        "time": {"from": "now-1h", "to": "now"}, "annotations": {"list": []}, "links": [],
+        "templating": {"list": [
+            {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus",
+             "current": {}, "refresh": 1},
+            variable("job", "Job", "label_values(headstart_build_info, job)"),
+            variable("instance", "Server", 'label_values(headstart_build_info{job=~"$job"}, instance)'),
+        ]},
+        "panels": place([("Service level", service_level()), ("Sparsity", sparsity()),
+                         ("KV shipping", kv_shipping()), ("Resources", resources())]),
+    }
+
+
+if __name__ == "__main__":
+    (HERE / "headstart.json").write_text(json.dumps(dashboard(), indent=1) + "\n")
