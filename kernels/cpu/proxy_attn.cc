@@ -23,10 +23,6 @@ absl::Status CheckShapes(const SelectArgs& args, DType dtype) {
                                                    "], not [> 0, ", shape.num_heads, " x ",
                                                    shape.head_dim, "]"));
   }
-  if (shape.head_dim % 16 != 0 || shape.head_dim > simd::kMaxHeadDim) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "head_dim=", shape.head_dim, " is not a multiple of 16 up to ", simd::kMaxHeadDim));
-  }
   if (args.first_position < 0 || args.first_position % kBlockTokens != 0) {
     return absl::InvalidArgumentError(absl::StrCat("first_position=", args.first_position,
                                                    " is not a multiple of ", kBlockTokens));
