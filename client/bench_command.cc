@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "client/command_flags.h"
@@ -107,9 +108,11 @@ LoadSample Bench::Send(const v1::PrefillRequest& request, int worker) const {
   LoadSample sample;
   absl::StatusOr<PrefillOutcome> outcome = clients_[worker % clients_.size()]->Prefill(request, {});
   if (!outcome.ok()) {
-    const std::string reason = ErrorReasonOf(outcome.status());
-    sample.error = absl::StrCat(absl::StatusCodeToString(outcome.status().code()),
-                                reason.empty() ? "" : " ", reason);
+    const absl::Status& status = outcome.status();
+    const std::string reason = ErrorReasonOf(status);
+    sample.error =
+        absl::StrCat(absl::StatusCodeToString(status.code()), reason.empty() ? "" : " ", reason);
+    sample.message = DescribeStatus(status);
     return sample;
   }
   sample.ttft = outcome->timing.completed;
@@ -148,13 +151,18 @@ std::string FormatCell(const BenchCell& cell) {
       "%-10s %8d %9s %10.0f %8.3fs %8.3fs %8.3fs %8.3f %8.3f\n", cell.preset, cell.length,
       absl::StrCat(s.ok, "/", cell.result.samples.size()), s.tokens_per_second, s.ttft_p50,
       s.ttft_p90, s.ttft_p99, s.density, s.kv_gigabytes_per_second);
-  for (const auto& [error, count] : s.errors)
-    absl::StrAppendFormat(&text, "  %d x %s\n", count, error);
+  for (const auto& [kind, errors] : s.errors) {
+    absl::StrAppendFormat(&text, "  %d x %s, as: %s\n", errors.count, absl::Utf8SafeCEscape(kind),
+                          errors.example);
+  }
   return text;
 }
 
 nlohmann::json CellJson(const BenchCell& cell) {
   const LoadSummary& s = cell.summary;
+  nlohmann::json errors = nlohmann::json::object();
+  for (const auto& [kind, of_kind] : s.errors)
+    errors[kind] = {{"count", of_kind.count}, {"example", of_kind.example}};
   std::vector<double> ttft;
   for (const LoadSample& sample : cell.result.samples) {
     if (sample.error.empty()) ttft.push_back(absl::ToDoubleSeconds(sample.ttft));
@@ -163,7 +171,7 @@ nlohmann::json CellJson(const BenchCell& cell) {
           {"prompt_tokens", cell.length},
           {"requests", cell.result.samples.size()},
           {"ok", s.ok},
-          {"errors", s.errors},
+          {"errors", errors},
           {"wall_seconds", absl::ToDoubleSeconds(cell.result.wall)},
           {"tokens_per_second", s.tokens_per_second},
           {"ttft_seconds",
@@ -249,7 +257,7 @@ void AddBenchCommand(CLI::App& app, std::function<void(int)> set_exit_code) {
   AddAttentionFlags(command, /*with_preset=*/false, &options->attention);
   command.add_flag("--json", options->json, "Print JSON instead of a table");
   command.callback([options, set_exit_code = std::move(set_exit_code)] {
-    set_exit_code(ReportStatus("bench", RunBench(*options)));
+    set_exit_code(ReportStatus("headstart bench", RunBench(*options)));
   });
 }
 

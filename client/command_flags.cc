@@ -104,9 +104,9 @@ std::string PresetName(v1::AttentionPreset preset) {
   return absl::AsciiStrToLower(name);
 }
 
-int ReportStatus(const std::string& command, const absl::Status& status) {
+int ReportStatus(const std::string& program, const absl::Status& status) {
   if (status.ok()) return 0;
-  std::fprintf(stderr, "headstart %s: %s\n", command.c_str(), DescribeStatus(status).c_str());
+  std::fprintf(stderr, "%s: %s\n", program.c_str(), DescribeStatus(status).c_str());
   switch (status.code()) {
     case absl::StatusCode::kInvalidArgument:
     case absl::StatusCode::kNotFound:

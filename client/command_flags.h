@@ -39,8 +39,8 @@ std::optional<v1::AttentionOptions> ToAttentionOptions(const AttentionFlags& fla
 // "exact", "paper", "balanced", "fast".
 std::string PresetName(v1::AttentionPreset preset);
 
-// Prints "headstart COMMAND: …" to standard error when the status is an error. The exit code of the
+// Prints "PROGRAM: …" to standard error when the status is an error. The exit code of the
 // process: 0, 2 wrong request, 75 try again later, 5 anything else.
-int ReportStatus(const std::string& command, const absl::Status& status);
+int ReportStatus(const std::string& program, const absl::Status& status);
 
 }  // namespace headstart

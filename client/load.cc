@@ -111,7 +111,8 @@ LoadSummary Summarize(const LoadResult& result) {
   int64_t kv_bytes = 0;
   for (const LoadSample& sample : result.samples) {
     if (!sample.error.empty()) {
-      ++summary.errors[sample.error];
+      LoadSummary::Errors& errors = summary.errors[sample.error];
+      if (errors.count++ == 0) errors.example = sample.message;
       continue;
     }
     ++summary.ok;

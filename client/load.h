@@ -23,7 +23,8 @@ struct LoadOptions {
 };
 
 struct LoadSample {
-  std::string error;    // empty: all went well
+  std::string error;    // its kind; empty: all went well
+  std::string message;  // of the error
   absl::Duration ttft;  // from when the request was due
   int64_t prompt_tokens = 0;
   int64_t kv_bytes = 0;
@@ -48,8 +49,12 @@ LoadResult RunLoad(const LoadOptions& options, const SendRequest& send);
 std::vector<absl::Duration> ArrivalTimes(const LoadOptions& options);
 
 struct LoadSummary {
+  struct Errors {
+    int64_t count = 0;
+    std::string example;  // message of the first
+  };
   int64_t ok = 0;
-  std::map<std::string, int64_t> errors;
+  std::map<std::string, Errors> errors;  // by kind
   double tokens_per_second = 0;
   double kv_gigabytes_per_second = 0;
   double density = 0;                               // mean

@@ -141,7 +141,7 @@ void AddRequestCommand(CLI::App& app, std::function<void(int)> set_exit_code) {
       "Write DIR/manifest.json and DIR/kv.bin, [layer][K, V][kv_heads][num_tokens][head_dim]");
   command.add_flag("--json", options->json, "Print JSON instead of a table");
   command.callback([options, set_exit_code = std::move(set_exit_code)] {
-    set_exit_code(ReportStatus("request", RunRequest(*options)));
+    set_exit_code(ReportStatus("headstart request", RunRequest(*options)));
   });
 }
 

@@ -33,6 +33,19 @@ grpc::Status FakeServer::Prefill(grpc::ServerContext* context, const v1::Prefill
   return handler_(++num_calls_, *context, *writer);
 }
 
+grpc::Status FakeServer::GetModelInfo(grpc::ServerContext*, const v1::GetModelInfoRequest*,
+                                      v1::GetModelInfoResponse* response) {
+  response->set_model("tiny");
+  response->set_vocab_size(1000);
+  return grpc::Status::OK;
+}
+
+grpc::Status FakeServer::GetServerInfo(grpc::ServerContext*, const v1::GetServerInfoRequest*,
+                                       v1::GetServerInfoResponse* response) {
+  response->set_backend("fake");
+  return grpc::Status::OK;
+}
+
 void WriteStream(const KvStream& stream, PrefillWriter& writer, int count) {
   for (const v1::PrefillResponse& response : stream) {
     if (count-- == 0 || !writer.Write(response)) return;

@@ -34,6 +34,11 @@ class FakeServer final : private v1::PrefillService::Service {
  private:
   grpc::Status Prefill(grpc::ServerContext* context, const v1::PrefillRequest* request,
                        PrefillWriter* writer) override;
+  // A model with a vocabulary of 1000 tokens.
+  grpc::Status GetModelInfo(grpc::ServerContext* context, const v1::GetModelInfoRequest* request,
+                            v1::GetModelInfoResponse* response) override;
+  grpc::Status GetServerInfo(grpc::ServerContext* context, const v1::GetServerInfoRequest* request,
+                             v1::GetServerInfoResponse* response) override;
 
   const Handler handler_;
   std::atomic<int> num_calls_{0};

@@ -1,0 +1,168 @@
+#include "client/decode/decode_node.h"
+
+#include <algorithm>
+#include <future>
+#include <memory>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "engine/model_config.h"
+#include "kernels/base/status_macros.h"
+
+namespace headstart {
+namespace {
+
+using Session = std::unique_ptr<DecodeSession>;
+
+v1::KvDtype ToProto(DType dtype) {
+  switch (dtype) {
+    case DType::kBF16:
+      return v1::KV_DTYPE_BF16;
+    case DType::kF16:
+      return v1::KV_DTYPE_F16;
+    case DType::kF32:
+      return v1::KV_DTYPE_F32;
+    default:
+      return v1::KV_DTYPE_UNSPECIFIED;
+  }
+}
+
+absl::Status CheckTokenIds(const v1::PrefillRequest& request, const ModelConfig& config) {
+  for (int i = 0; i < request.token_ids_size(); ++i) {
+    if (request.token_ids(i) >= static_cast<uint32_t>(config.vocab_size)) {
+      return absl::InvalidArgumentError(absl::StrCat("token_ids[", i, "]=", request.token_ids(i),
+                                                     " is not below vocab_size ",
+                                                     config.vocab_size));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// What the model's config says about the KV to come.
+void ExpectModel(const ModelConfig& config, KvExpectation* expected) {
+  expected->num_layers = config.num_layers;
+  expected->num_kv_heads = config.heads.num_kv_heads;
+  expected->head_dim = config.heads.head_dim;
+}
+
+struct Loaded {
+  absl::StatusOr<Session> session;
+  double seconds = 0;
+};
+
+std::future<Loaded> LoadMeanwhile(const DecodeNodeOptions& options, const ModelConfig& config) {
+  const int64_t wanted = options.request.token_ids_size() + options.max_new_tokens;
+  DecodeOptions decode{.model_dir = options.model_dir,
+                       .backend = options.backend,
+                       .max_tokens = std::min(wanted, config.max_positions)};
+  return std::async(std::launch::async, [decode = std::move(decode)] {
+    const absl::Time start = absl::Now();
+    auto session = DecodeSession::Create(decode, nullptr);
+    return Loaded{std::move(session), absl::ToDoubleSeconds(absl::Now() - start)};
+  });
+}
+
+absl::Status CheckSameModel(const v1::KvManifest& manifest, const DecodeSession& session) {
+  if (manifest.model_hash() != session.model_hash()) {
+    return absl::FailedPreconditionError(absl::StrCat("the server's model has hash ",
+                                                      manifest.model_hash(), ", this one ",
+                                                      session.model_hash()));
+  }
+  if (manifest.layout().dtype() != ToProto(session.kv_dtype())) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("the server's KV is ", v1::KvDtype_Name(manifest.layout().dtype()),
+                     ", this node keeps ", DTypeName(session.kv_dtype())));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Import(const KvShape& shape, const KvBuffer& kv, DecodeSession& session) {
+  HEADSTART_RETURN_IF_ERROR(session.StartSequence(shape.num_tokens));
+  const int64_t plane = shape.plane_bytes();
+  for (int64_t l = 0; l < shape.num_layers; ++l) {
+    const absl::Span<const std::byte> layer = kv.span().subspan(2 * l * plane, 2 * plane);
+    HEADSTART_RETURN_IF_ERROR(
+        session.ImportLayer(static_cast<int32_t>(l), layer.first(plane), layer.subspan(plane)));
+  }
+  return absl::OkStatus();
+}
+
+// Takes generated tokens until one is the last.
+struct TokenOutput {
+  const DecodeNodeOptions& options;
+  const ModelConfig& config;
+  const std::function<void(int32_t)>& on_token;
+  DecodeNodeResult& result;
+
+  // False when nothing is to follow; result.stop says why.
+  bool Take(int32_t token) {
+    const std::vector<int32_t>& eos = config.eos_token_ids;
+    if (!options.ignore_eos && std::find(eos.begin(), eos.end(), token) != eos.end()) {
+      result.stop = "eos";
+      return false;
+    }
+    result.tokens.push_back(token);
+    on_token(token);
+    const auto generated = static_cast<int64_t>(result.tokens.size());
+    if (generated >= options.max_new_tokens) {
+      result.stop = "max_tokens";
+    } else if (options.request.token_ids_size() + generated > config.max_positions) {
+      result.stop = "context";
+    }
+    return result.stop.empty();
+  }
+};
+
+absl::Status Generate(DecodeSession& session, int32_t token, TokenOutput& output) {
+  do {
+    HEADSTART_ASSIGN_OR_RETURN(const SampledToken next, session.Step(token));
+    token = next.id;
+  } while (output.Take(token));
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<DecodeNodeResult> RunDecodeNode(const DecodeNodeOptions& options,
+                                               const std::function<void(int32_t)>& on_token,
+                                               KvReceiverOptions receive) {
+  HEADSTART_ASSIGN_OR_RETURN(const ModelConfig config, ReadModelConfig(options.model_dir));
+  HEADSTART_RETURN_IF_ERROR(CheckTokenIds(options.request, config));
+  HEADSTART_ASSIGN_OR_RETURN(const auto client, PrefillClient::Create(options.client));
+  ExpectModel(config, &receive.expected);
+  std::future<Loaded> loading;
+  receive.on_accepted = [&, tell = receive.on_accepted](const v1::Accepted& accepted) {
+    if (!loading.valid()) loading = LoadMeanwhile(options, config);
+    return tell ? tell(accepted) : absl::OkStatus();
+  };
+  KvBuffer kv;
+  KvShape shape;
+  receive.on_manifest = [&](const v1::KvManifest&,
+                            const KvShape& promised) -> absl::StatusOr<KvDestination> {
+    shape = promised;
+    HEADSTART_ASSIGN_OR_RETURN(kv, AllocateKv(shape));
+    return ContiguousKv(shape, kv.span());
+  };
+  DecodeNodeResult result;
+  HEADSTART_ASSIGN_OR_RETURN(result.prefill, client->Prefill(options.request, std::move(receive)));
+
+  const auto first_token = static_cast<int32_t>(result.prefill.completed.first_token().id());
+  TokenOutput output{options, config, on_token, result};
+  if (!output.Take(first_token)) return result;
+  Loaded loaded = loading.get();
+  HEADSTART_RETURN_IF_ERROR(loaded.session.status());
+  DecodeSession& session = **loaded.session;
+  HEADSTART_RETURN_IF_ERROR(CheckSameModel(result.prefill.completed.manifest(), session));
+  const absl::Time import_start = absl::Now();
+  HEADSTART_RETURN_IF_ERROR(Import(shape, kv, session));
+  kv = {};
+  const absl::Time decode_start = absl::Now();
+  HEADSTART_RETURN_IF_ERROR(Generate(session, first_token, output));
+  result.load_seconds = loaded.seconds;
+  result.import_seconds = absl::ToDoubleSeconds(decode_start - import_start);
+  result.decode_seconds = absl::ToDoubleSeconds(absl::Now() - decode_start);
+  return result;
+}
+
+}  // namespace headstart
