@@ -236,7 +236,7 @@ void AddLoadFlags(CLI::App& command, BenchOptions* options) {
 
 }  // namespace
 
-void AddBenchCommand(CLI::App& app, std::function<void(int)> set_exit_code) {
+void AddBenchCommand(CLI::App& app, int* exit_code) {
   auto options = std::make_shared<BenchOptions>();
   CLI::App& command =
       *app.add_subcommand("bench", "Measure a running server: tokens/s, TTFT, density, KV rate");
@@ -256,9 +256,8 @@ void AddBenchCommand(CLI::App& app, std::function<void(int)> set_exit_code) {
   AddLoadFlags(command, options.get());
   AddAttentionFlags(command, /*with_preset=*/false, &options->attention);
   command.add_flag("--json", options->json, "Print JSON instead of a table");
-  command.callback([options, set_exit_code = std::move(set_exit_code)] {
-    set_exit_code(ReportStatus("headstart bench", RunBench(*options)));
-  });
+  command.final_callback(
+      [options, exit_code] { *exit_code = ReportStatus("headstart bench", RunBench(*options)); });
 }
 
 }  // namespace headstart

@@ -1,14 +1,11 @@
 // `headstart bench`: puts load on a running server, one prompt length and preset after the other.
 #pragma once
 
-#include <functional>
-
-#include "CLI/CLI.hpp"
+#include "CLI/App.hpp"
 
 namespace headstart {
 
-// Adds the subcommand. When it is the chosen one it runs while the command line is parsed, and
-// hands its exit code to `set_exit_code`.
-void AddBenchCommand(CLI::App& app, std::function<void(int)> set_exit_code);
+// Adds the subcommand. When it is called its exit code goes to *exit_code.
+void AddBenchCommand(CLI::App& app, int* exit_code);
 
 }  // namespace headstart
