@@ -1,0 +1,314 @@
+#include "engine/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/reference_ops.h"
+#include "tests/engine/engine_fixture.h"
+#include "tests/testing/tensor_compare.h"
+
+namespace headstart {
+namespace {
+
+using ::testing::ElementsAre;
+using testing::FakeSink;
+using ::testing::HasSubstr;
+using testing::StatusIs;
+using testing::TinyModelOptions;
+
+class EngineCreateTest : public EngineTest {
+ protected:
+  void SetUp() override { ASSERT_OK(testing::WriteTinyModel(dir_ / "tiny", model_)); }
+  absl::Status CreateWith(const std::function<void(EngineOptions&)>& change) {
+    EngineOptions options = Options(dir_ / "tiny");
+    change(options);
+    return TestEngine::Create(options).status();
+  }
+  TinyModelOptions model_;
+};
+
+TEST_F(EngineCreateTest, ResolvesZerosFromTheModel) {
+  ASSERT_OK_AND_ASSIGN(const TestEngine test, TestEngine::Create(Options(dir_ / "tiny")));
+  const EngineOptions& options = test.engine->options();
+  EXPECT_EQ(options.model_name, "tiny");
+  EXPECT_EQ(options.max_prompt_tokens, 2048);
+  EXPECT_EQ(options.kv_pool_tokens, 2048);
+  EXPECT_EQ(test.pool().num_pages(), 16);
+  EXPECT_EQ(test.engine->kv_dtype(), DType::kF32);
+  EXPECT_EQ(test.engine->model_hash().size(), 64);
+}
+
+TEST_F(EngineCreateTest, NamesTheModelAfterItsFolder) {
+  EngineOptions options = Options((dir_ / "tiny") + "/");
+  ASSERT_OK_AND_ASSIGN(const TestEngine slash, TestEngine::Create(options));
+  EXPECT_EQ(slash.engine->options().model_name, "tiny");
+  options.model_name = "chosen";
+  ASSERT_OK_AND_ASSIGN(const TestEngine chosen, TestEngine::Create(options));
+  EXPECT_EQ(chosen.engine->options().model_name, "chosen");
+}
+
+TEST_F(EngineCreateTest, ThePoolBoundsThePrompt) {
+  EngineOptions options = Options(dir_ / "tiny");
+  options.kv_pool_tokens = 300;
+  ASSERT_OK_AND_ASSIGN(const TestEngine test, TestEngine::Create(options));
+  EXPECT_EQ(test.engine->options().kv_pool_tokens, 384);  // whole pages
+  EXPECT_EQ(test.engine->options().max_prompt_tokens, 384);
+}
+
+TEST_F(EngineCreateTest, RefusesOptionsByName) {
+  const auto is = [](const char* message) {
+    return StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message));
+  };
+  EXPECT_THAT(CreateWith([](auto& o) { o.chunk_tokens = 100; }),
+              is("chunk_tokens=100 is not a positive multiple of 128"));
+  EXPECT_THAT(CreateWith([](auto& o) { o.chunk_tokens = 0; }), is("chunk_tokens=0"));
+  EXPECT_THAT(CreateWith([](auto& o) { o.max_prompt_tokens = 2049; }),
+              is("max_prompt_tokens=2049 is not in [1, 2048]"));
+  EXPECT_THAT(CreateWith([](auto& o) { o.max_prompt_tokens = -1; }), is("max_prompt_tokens=-1"));
+  EXPECT_THAT(CreateWith([](auto& o) { o.kv_pool_tokens = -1; }), is("kv_pool_tokens=-1"));
+  EXPECT_THAT(CreateWith([](auto& o) { o.kv_pool_tokens = std::numeric_limits<int64_t>::max(); }),
+              is("kv_pool_tokens=9223372036854775807"));
+}
+
+TEST_F(EngineCreateTest, MakesItsOwnBackend) {
+  EngineOptions options = Options(dir_ / "tiny");
+  ASSERT_OK_AND_ASSIGN(const auto engine, Engine::Create(options, nullptr));
+  EXPECT_EQ(engine->backend().name(), "cpu");
+  options.backend.device = "abacus";
+  EXPECT_THAT(Engine::Create(options, nullptr),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("abacus")));
+  options.model_dir = dir_ / "nowhere";  // the model is looked at first
+  EXPECT_THAT(Engine::Create(options, nullptr),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("nowhere")));
+}
+
+class EngineRunTest : public EngineTest {
+ protected:
+  // A prompt of `num_tokens`, run; its KV is in the sink.
+  absl::StatusOr<PrefillResult> Run(const TestEngine& test, int64_t num_tokens, FakeSink& sink) {
+    PrefillJob job;
+    job.token_ids = RandomTokens(num_tokens);
+    return test.engine->RunPrefill(job, sink);
+  }
+  // Keys and values of all layers, one behind the other.
+  static std::vector<std::byte> AllKv(const TestEngine& test, const FakeSink& sink) {
+    std::vector<std::byte> all;
+    for (int32_t layer = 0; layer < test.engine->config().num_layers; ++layer) {
+      for (const auto& plane : {test.Keys(sink, layer), test.Values(sink, layer)}) {
+        all.insert(all.end(), plane.begin(), plane.end());
+      }
+    }
+    return all;
+  }
+};
+
+TEST_F(EngineRunTest, ValidatesJobs) {
+  ASSERT_OK(testing::WriteTinyModel(dir_.path(), {}));
+  EngineOptions options = Options(dir_.path());
+  options.max_prompt_tokens = 1024;
+  options.kv_pool_tokens = 512;
+  ASSERT_OK_AND_ASSIGN(const TestEngine test, TestEngine::Create(options));
+  const auto check = [&](const std::function<void(PrefillJob&)>& change) {
+    PrefillJob job;
+    job.token_ids = {1, 2, 3};
+    change(job);
+    FakeSink sink;
+    // RunPrefill says the same, before the sink hears of the job.
+    const absl::Status run = test.engine->RunPrefill(job, sink).status();
+    EXPECT_EQ(run, test.engine->Validate(job));
+    EXPECT_TRUE(run.ok() || sink.num_starts() == 0);
+    return run;
+  };
+  const auto is = [](const char* message) {
+    return StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message));
+  };
+  EXPECT_OK(check([](PrefillJob&) {}));
+  EXPECT_OK(check([](PrefillJob& j) { j.token_ids.assign(512, 255); }));
+  EXPECT_THAT(check([](PrefillJob& j) { j.token_ids.clear(); }), is("token_ids is empty"));
+  EXPECT_THAT(check([](PrefillJob& j) { j.token_ids[2] = 256; }),
+              is("token_ids[2]=256 is not below vocab_size 256"));
+  EXPECT_THAT(check([](PrefillJob& j) { j.token_ids[1] = -1; }), is("token_ids[1]=-1 is negative"));
+  EXPECT_THAT(check([](PrefillJob& j) { j.token_ids.assign(1025, 0); }),
+              is("token_ids has 1025 ids, limit 1024"));
+  EXPECT_THAT(check([](PrefillJob& j) { j.token_ids.assign(513, 0); }),
+              StatusIs(absl::StatusCode::kFailedPrecondition,
+                       HasSubstr("token_ids has 513 ids, the KV pool holds 512")));
+  EXPECT_THAT(check([](PrefillJob& j) { j.attention.stride = 3; }), is("attention.stride=3"));
+  EXPECT_THAT(check([](PrefillJob& j) {
+                j.attention.dense_layers = {1, 2};
+              }),
+              is("attention.dense_layers=2 is not below the 2 layers"));
+  EXPECT_THAT(check([](PrefillJob& j) { j.sampling.top_p = 2; }), is("sampling.top_p=2"));
+}
+
+TEST_F(EngineRunTest, SinkGetsEveryLayerInOrderAndWholePages) {
+  ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}, /*chunk_tokens=*/256));
+  FakeSink sink;
+  ASSERT_OK(Run(test, 600, sink));
+  EXPECT_EQ(sink.num_starts(), 1);
+  std::vector<std::vector<int64_t>> chunks;
+  for (const testing::SunkChunk& chunk : sink.chunks()) {
+    chunks.push_back({chunk.info.layer, chunk.info.token_begin, chunk.info.token_count});
+    EXPECT_EQ(chunk.data.size(), 2 * 2 * 32 * 4 * chunk.info.token_count);
+  }
+  using Chunk = std::vector<int64_t>;
+  EXPECT_THAT(chunks, ElementsAre(Chunk{0, 0, 256}, Chunk{1, 0, 256}, Chunk{0, 256, 256},
+                                  Chunk{1, 256, 256}, Chunk{0, 512, 88}, Chunk{1, 512, 88}));
+  EXPECT_EQ(test.engine->layers_done(), 6);
+}
+
+TEST_F(EngineRunTest, ChunksStayBelowAMebibyte) {
+  TinyModelOptions model;
+  model.num_kv_heads = 4;
+  model.head_dim = 64;  // a page has 2 * 4 * 128 * 64 * 4 bytes = 256 KiB
+  ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine(model));
+  FakeSink sink;
+  ASSERT_OK(Run(test, 128 * 9 + 1, sink));
+  std::vector<int64_t> counts;
+  for (const testing::SunkChunk& chunk : sink.chunks()) {
+    EXPECT_LE(chunk.data.size(), 1 << 20);
+    counts.push_back(chunk.info.token_count);
+  }
+  EXPECT_THAT(counts, ElementsAre(512, 512, 129, 512, 512, 129));
+}
+
+TEST_F(EngineRunTest, APageLargerThanAMebibyteIsAChunk) {
+  TinyModelOptions model;
+  model.num_heads = model.num_kv_heads = 8;
+  model.head_dim = 192;  // a page has 1.5 MiB
+  ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine(model));
+  FakeSink sink;
+  ASSERT_OK(Run(test, 130, sink));
+  std::vector<int64_t> counts;
+  for (const testing::SunkChunk& chunk : sink.chunks()) counts.push_back(chunk.info.token_count);
+  EXPECT_THAT(counts, ElementsAre(128, 2, 128, 2));
+}
+
+TEST_F(EngineRunTest, ReportsWhatItDid) {
+  ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}));
+  FakeSink sink;
+  ASSERT_OK_AND_ASSIGN(const PrefillResult result, Run(test, 300, sink));
+  EXPECT_THAT(result.layer_density, ElementsAre(1.0f, 1.0f));
+  // Four heads: six causal blocks in the first layer, the last row's three in the last.
+  EXPECT_EQ(result.causal_blocks, 4 * (6 + 3));
+  EXPECT_EQ(result.executed_blocks, result.causal_blocks);
+  EXPECT_EQ(result.dense_fallbacks, 0);
+  EXPECT_GT(result.attention_seconds, 0);
+  EXPECT_GE(result.sink_seconds, 0);
+  EXPECT_GT(result.total_seconds, result.attention_seconds + result.sink_seconds);
+}
+
+TEST_F(EngineRunTest, RequestAfterRequestGivesTheSameBytes) {
+  ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}, 256));
+  std::vector<std::byte> first;
+  for (int round = 0; round < 3; ++round) {
+    FakeSink sink;
+    PrefillJob job;
+    job.token_ids = RandomTokens(500);
+    job.attention.enabled = round == 1;  // something else in between
+    job.attention.dense_below_tokens = 0;
+    ASSERT_OK(test.engine->RunPrefill(job, sink));
+    if (round == 0) first = AllKv(test, sink);
+    if (round == 2) {
+      EXPECT_EQ(AllKv(test, sink), first);
+    }
+  }
+}
+
+TEST_F(EngineRunTest, SparseRequestsRepeatToo) {
+  ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}, 512));
+  PrefillJob job;
+  job.token_ids = RandomTokens(1300);
+  job.attention.enabled = true;
+  job.attention.gamma = 0.3f;
+  job.attention.floor_tokens = 256;
+  job.attention.dense_below_tokens = 0;
+  job.attention.dense_above_density = 1.0f;
+  FakeSink first, second;
+  ASSERT_OK_AND_ASSIGN(const PrefillResult a, test.engine->RunPrefill(job, first));
+  ASSERT_OK_AND_ASSIGN(const PrefillResult b, test.engine->RunPrefill(job, second));
+  EXPECT_LT(a.layer_density[0], 0.9f);
+  EXPECT_EQ(AllKv(test, second), AllKv(test, first));
+  EXPECT_EQ(b.layer_density, a.layer_density);
+  EXPECT_EQ(b.first_token.id, a.first_token.id);
+}
+
+// Dense results do not depend on how the prompt is cut. Sums are taken in another order where a
+// matrix product sees other shapes, so this is about fp32 rounding, not about bits.
+TEST_F(EngineRunTest, DenseResultsDoNotDependOnTheChunkSize) {
+  std::vector<float> whole;
+  SampledToken whole_token;
+  for (const int64_t chunk_tokens : {2048, 512, 128}) {
+    ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}, chunk_tokens));
+    FakeSink sink;
+    ASSERT_OK_AND_ASSIGN(const PrefillResult result, Run(test, 1500, sink));
+    const std::vector<std::byte> bytes = AllKv(test, sink);
+    std::vector<float> kv(bytes.size() / sizeof(float));
+    std::memcpy(kv.data(), bytes.data(), bytes.size());
+    if (whole.empty()) {
+      whole = kv;
+      whole_token = result.first_token;
+    }
+    EXPECT_TRUE(
+        testing::TensorsMatch(kv, whole, {.abs = 1e-4, .rel = 1e-4, .min_cosine = 1 - 1e-9}))
+        << chunk_tokens;
+    EXPECT_EQ(result.first_token.id, whole_token.id);
+    EXPECT_NEAR(result.first_token.logprob, whole_token.logprob, 1e-4);
+  }
+}
+
+TEST_F(EngineRunTest, FullBudgetEqualsDenseBitForBit) {
+  ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}, 512));
+  FakeSink dense;
+  ASSERT_OK(Run(test, 1000, dense));
+  PrefillJob job;
+  job.token_ids = RandomTokens(1000);
+  job.attention.enabled = true;
+  job.attention.gamma = 1.0f;
+  job.attention.dense_below_tokens = 0;
+  FakeSink full;
+  ASSERT_OK(test.engine->RunPrefill(job, full));
+  EXPECT_EQ(AllKv(test, full), AllKv(test, dense));
+}
+
+TEST_F(EngineRunTest, DenseLayersStayDense) {
+  TinyModelOptions model;
+  model.num_layers = 3;
+  ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine(model));
+  PrefillJob job;
+  job.token_ids = RandomTokens(1300);
+  job.attention.enabled = true;
+  job.attention.gamma = 0.3f;
+  job.attention.floor_tokens = 256;
+  job.attention.dense_below_tokens = 0;
+  job.attention.dense_above_density = 1.0f;
+  job.attention.dense_layers = {1};
+  FakeSink sink;
+  ASSERT_OK_AND_ASSIGN(const PrefillResult result, test.engine->RunPrefill(job, sink));
+  EXPECT_LT(result.layer_density[0], 0.9f);
+  EXPECT_EQ(result.layer_density[1], 1.0f);
+}
+
+TEST_F(EngineRunTest, SamplesTheFirstToken) {
+  ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}));
+  PrefillJob job;
+  job.token_ids = RandomTokens(50);
+  job.sampling.temperature = 1.0f;
+  std::set<int32_t> ids;
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    job.sampling.seed = seed;
+    FakeSink a, b;
+    ASSERT_OK_AND_ASSIGN(const PrefillResult once, test.engine->RunPrefill(job, a));
+    ASSERT_OK_AND_ASSIGN(const PrefillResult twice, test.engine->RunPrefill(job, b));
+    EXPECT_EQ(once.first_token.id, twice.first_token.id);
+    ids.insert(once.first_token.id);
+  }
+  EXPECT_GT(ids.size(), 5);
+}
+
+}  // namespace
+}  // namespace headstart

@@ -1,0 +1,65 @@
+#include "engine/memory_plan.h"
+
+#include <gtest/gtest.h>
+
+#include "engine/engine.h"
+#include "tests/testing/fault_backend.h"
+#include "tests/testing/status_matchers.h"
+#include "tests/testing/temp_dir.h"
+#include "tests/testing/tiny_model.h"
+
+namespace headstart {
+namespace {
+
+TEST(MemoryPlanTest, KnowsLlama31) {
+  ModelConfig config;
+  config.hidden_size = 4096;
+  config.num_layers = 32;
+  config.heads = {.num_heads = 32, .num_kv_heads = 8, .head_dim = 128};
+  config.intermediate_size = 14336;
+  config.vocab_size = 128256;
+  config.max_positions = 131072;
+  const MemoryPlan plan = PlanMemory(config, DType::kBF16, 8192, 131072);
+  // 8.03 billion parameters, two bytes each but for the norms.
+  const int64_t norms = (2 * 32 + 1) * 4096;
+  EXPECT_EQ(plan.weight_bytes, 2 * (int64_t{8'030'261'248} - norms) + 4 * norms);
+  EXPECT_EQ(plan.kv_bytes_per_token, 128 << 10);
+  EXPECT_EQ(plan.kv_pool_bytes, int64_t{16} << 30);
+  EXPECT_EQ(plan.total_bytes(), plan.weight_bytes + plan.kv_pool_bytes + plan.workspace_bytes);
+}
+
+TEST(MemoryPlanTest, PoolIsWholePages) {
+  ModelConfig config;
+  config.num_layers = 1;
+  config.heads = {.num_heads = 1, .num_kv_heads = 1, .head_dim = 2};
+  EXPECT_EQ(PlanMemory(config, DType::kF32, 128, 129).kv_pool_bytes, 2 * 128 * 2 * 2 * 4);
+}
+
+// What an engine allocates outside of weights is what the plan says.
+TEST(MemoryPlanTest, CountsWhatTheEngineAllocates) {
+  testing::TempDir dir;
+  testing::TinyModelOptions model;
+  model.architecture = "qwen3";
+  ASSERT_OK(testing::WriteTinyModel(dir.path(), model));
+  BackendOptions backend_options;
+  backend_options.dtype = ComputeDType::kF32;
+  ASSERT_OK_AND_ASSIGN(auto inner, MakeBackend(backend_options));
+  auto backend = std::make_unique<testing::FaultBackend>(std::move(inner));
+  int64_t allocated = 0;
+  backend->SetHook([&allocated](const testing::BackendCall& call) {
+    if (call.op == "Allocate") allocated += call.bytes;
+    return absl::OkStatus();
+  });
+  EngineOptions options;
+  options.model_dir = dir.path();
+  options.kv_pool_tokens = 1000;
+  options.chunk_tokens = 256;
+  ASSERT_OK_AND_ASSIGN(const auto engine, Engine::Create(options, std::move(backend), nullptr));
+  const MemoryPlan plan = PlanMemory(engine->config(), DType::kF32, 256, 1000);
+  const int64_t page_table = 8 * 4;
+  const int64_t rope_table = 1024 * 32 * 4;  // made by PrepareRope
+  EXPECT_EQ(allocated, plan.kv_pool_bytes + plan.workspace_bytes - rope_table + page_table);
+}
+
+}  // namespace
+}  // namespace headstart
