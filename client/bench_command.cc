@@ -97,7 +97,9 @@ v1::PrefillRequest Bench::MakeRequest(const std::string& preset, int64_t length,
                                      options_.load.seed + static_cast<uint64_t>(index))
                     : std::vector<uint32_t>(text_.begin(), text_.begin() + length);
   request.mutable_token_ids()->Add(ids.begin(), ids.end());
-  AttentionFlags attention = options_.attention;
+  AttentionFlags attention;
+  if (preset != "exact")
+    attention = options_.attention;  // single values mean nothing to dense attention
   if (preset != "default") attention.preset = preset;
   if (auto resolved = ToAttentionOptions(attention))
     *request.mutable_attention() = *std::move(resolved);
@@ -236,7 +238,7 @@ void AddLoadFlags(CLI::App& command, BenchOptions* options) {
 
 }  // namespace
 
-void AddBenchCommand(CLI::App& app, int* exit_code) {
+void AddBenchCommand(CLI::App& app, std::function<void(int)> set_exit_code) {
   auto options = std::make_shared<BenchOptions>();
   CLI::App& command =
       *app.add_subcommand("bench", "Measure a running server: tokens/s, TTFT, density, KV rate");

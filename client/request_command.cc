@@ -117,7 +117,7 @@ absl::Status RunRequest(const RequestOptions& options) {
 
 }  // namespace
 
-void AddRequestCommand(CLI::App& app, int* exit_code) {
+void AddRequestCommand(CLI::App& app, std::function<void(int)> set_exit_code) {
   auto options = std::make_shared<RequestOptions>();
   CLI::App& command = *app.add_subcommand(
       "request", "Send one prompt, check the KV that comes back, show where the time went");
@@ -140,8 +140,8 @@ void AddRequestCommand(CLI::App& app, int* exit_code) {
       "--save", options->save_dir,
       "Write DIR/manifest.json and DIR/kv.bin, [layer][K, V][kv_heads][num_tokens][head_dim]");
   command.add_flag("--json", options->json, "Print JSON instead of a table");
-  command.final_callback([options, exit_code] {
-    *exit_code = ReportStatus("headstart request", RunRequest(*options));
+  command.final_callback([options, set_exit_code = std::move(set_exit_code)] {
+    set_exit_code(ReportStatus("headstart request", RunRequest(*options)));
   });
 }
 

@@ -1,11 +1,13 @@
 // `headstart request`: sends one prompt and says what came of it.
 #pragma once
 
+#include <functional>
+
 #include "CLI/App.hpp"
 
 namespace headstart {
 
-// Adds the subcommand. When it is called its exit code goes to *exit_code.
-void AddRequestCommand(CLI::App& app, int* exit_code);
+// Adds the subcommand. When it is the chosen one its exit code goes to `set_exit_code`.
+void AddRequestCommand(CLI::App& app, std::function<void(int)> set_exit_code);
 
 }  // namespace headstart

@@ -57,8 +57,8 @@ class CommandsTest : public ::testing::Test {
   int Run(const std::string& command, std::vector<std::string> arguments) {
     CLI::App app;
     int exit_code = -1;
-    AddRequestCommand(app, &exit_code);
-    AddBenchCommand(app, &exit_code);
+    AddRequestCommand(app, [&](int code) { exit_code = code; });
+    AddBenchCommand(app, [&](int code) { exit_code = code; });
     arguments.insert(arguments.begin(), {command, "--target", server_->target()});
     std::reverse(arguments.begin(), arguments.end());
     ::testing::internal::CaptureStdout();
