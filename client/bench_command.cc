@@ -258,8 +258,9 @@ void AddBenchCommand(CLI::App& app, std::function<void(int)> set_exit_code) {
   AddLoadFlags(command, options.get());
   AddAttentionFlags(command, /*with_preset=*/false, &options->attention);
   command.add_flag("--json", options->json, "Print JSON instead of a table");
-  command.final_callback(
-      [options, exit_code] { *exit_code = ReportStatus("headstart bench", RunBench(*options)); });
+  command.final_callback([options, set_exit_code = std::move(set_exit_code)] {
+    set_exit_code(ReportStatus("headstart bench", RunBench(*options)));
+  });
 }
 
 }  // namespace headstart
