@@ -14,6 +14,12 @@ namespace {
 // Up to this many query rows attention reads the pages as they are; packing them would cost more.
 constexpr int64_t kMaxDirectRows = 4;
 
+// With fewer query blocks and heads than this per thread, tiles are smaller than a block, so that
+// the threads end together. The tile height changes no result: rows are computed in the same
+// groups.
+constexpr int64_t kManyTilesPerThread = 16;
+constexpr int64_t kSmallTileRows = 32;
+
 int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 const char* PageOf(const KvPages& kv, int64_t block, int32_t kv_head, bool values) {
@@ -55,14 +61,24 @@ absl::Status CpuAttention::Run(const AttentionArgs& args, const BlockSelection* 
   return RunTiles(args, selection, stats);
 }
 
-void CpuAttention::ListTiles(const AttentionArgs& args, const BlockSelection* selection) {
+void CpuAttention::ListTiles(const AttentionArgs& args, const BlockSelection* selection,
+                             LayerStats& stats) {
+  const int32_t num_heads = args.kv.shape.num_heads;
+  const bool few = NumBlocks(args.q.rows) * num_heads < kManyTilesPerThread * num_threads_;
+  const int64_t tile_rows = few ? kSmallTileRows : kBlockTokens;
   tiles_.clear();
-  for (int64_t row = 0; row < args.q.rows; row += kBlockTokens) {
-    const int64_t num_rows = std::min(kBlockTokens, args.q.rows - row);
-    const int64_t causal = NumBlocks(args.first_position + row + num_rows);
-    for (int32_t head = 0; head < args.kv.shape.num_heads; ++head) {
+  for (int64_t block_row = 0; block_row < args.q.rows; block_row += kBlockTokens) {
+    const int64_t block_end = std::min(block_row + kBlockTokens, args.q.rows);
+    const int64_t causal = NumBlocks(args.first_position + block_end);
+    for (int32_t head = 0; head < num_heads; ++head) {
       const int64_t kept = selection == nullptr ? causal : selection->Count(head, causal - 1);
-      tiles_.push_back({head, row, num_rows, kept, causal});
+      stats.executed_blocks += kept;
+      stats.causal_blocks += causal;
+      for (int64_t row = block_row; row < block_end; row += tile_rows) {
+        const int64_t num_rows = std::min(tile_rows, block_end - row);
+        const int64_t seen = NumBlocks(args.first_position + row + num_rows);
+        tiles_.push_back({head, row, num_rows, std::min(kept, seen), causal});
+      }
     }
   }
   // Longest first, so that the threads end together.
@@ -108,7 +124,7 @@ void CpuAttention::RunTile(const AttentionArgs& args, const BlockSelection* sele
   // The scratch starts with room for the list of kept blocks.
   auto* blocks = reinterpret_cast<int32_t*>(scratch);
   t.scratch = scratch + RoundUp(pages * int64_t{sizeof(int32_t)}, 64);
-  if (tile.num_blocks < tile.causal_blocks) {
+  if (selection != nullptr && tile.num_blocks < tile.causal_blocks) {
     const int32_t proxy = tile.head / (selection->num_heads / selection->num_proxies);
     const int32_t* ranking = selection->Ranking(proxy, tile.causal_blocks - 1);
     std::copy(ranking, ranking + tile.num_blocks, blocks);
@@ -129,14 +145,10 @@ absl::Status CpuAttention::RunTiles(const AttentionArgs& args, const BlockSelect
       packed_.Get(2 * pages * shape.num_kv_heads * kernels_.packed_page_bytes(shape.head_dim)));
   HEADSTART_ASSIGN_OR_RETURN(char* const scratch, tile_scratch_.Get(num_threads_ * scratch_bytes));
   PackPages(args, packed);
-  ListTiles(args, selection);
+  ListTiles(args, selection, stats);
   ParallelFor(num_threads_, static_cast<int64_t>(tiles_.size()), [&](int64_t i, int32_t thread) {
     RunTile(args, selection, tiles_[i], packed, scratch + thread * scratch_bytes);
   });
-  for (const Tile& tile : tiles_) {
-    stats.executed_blocks += tile.num_blocks;
-    stats.causal_blocks += tile.causal_blocks;
-  }
   return absl::OkStatus();
 }
 

@@ -27,8 +27,8 @@ class CpuAttention {
   absl::Status Run(const AttentionArgs& args, const BlockSelection* selection, LayerStats& stats);
 
  private:
-  // Query rows [row, row + num_rows) of a head against its first num_blocks causal blocks or, where
-  // fewer are kept, against those of the selection.
+  // Query rows [row, row + num_rows) of a head, all in one block, which see num_blocks key blocks:
+  // the first ones, or with a selection the best ones of the row's causal_blocks.
   struct Tile {
     int32_t head;
     int64_t row;
@@ -40,7 +40,7 @@ class CpuAttention {
   absl::Status RunTiles(const AttentionArgs& args, const BlockSelection* selection,
                         LayerStats& stats);
   absl::Status RunRows(const AttentionArgs& args, LayerStats& stats);
-  void ListTiles(const AttentionArgs& args, const BlockSelection* selection);
+  void ListTiles(const AttentionArgs& args, const BlockSelection* selection, LayerStats& stats);
   void PackPages(const AttentionArgs& args, char* packed) const;
   void RunTile(const AttentionArgs& args, const BlockSelection* selection, const Tile& tile,
                const char* packed, char* scratch) const;

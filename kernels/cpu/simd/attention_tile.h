@@ -37,7 +37,11 @@ struct FloatMath {
   using Element = float;
   static constexpr int kPair = 1;
   static constexpr bool kExactExp = true;
-  static F32 MultiplyAdd(float a, F32 b, F32 acc) { return a * b + acc; }
+  static F32 MultiplyAdd(F32 a, F32 b, F32 acc) { return a * b + acc; }
+  // Lanes of `count` elements of a row of V; there is no second row in a lane.
+  static F32 Interleave(const float* row, const float*, int64_t count) {
+    return LoadAs(row, count);
+  }
   static void StoreP(F32 low, F32 high, float* p) {
     Store(low, p);
     Store(high, p + kLanes);
@@ -49,11 +53,16 @@ struct BFloat16Math {
   using Element = BFloat16;
   static constexpr int kPair = 2;
   static constexpr bool kExactExp = false;
-  static F32 MultiplyAdd(float a, F32 b, F32 acc) {
+  static F32 MultiplyAdd(F32 a, F32 b, F32 acc) {
     return reinterpret_cast<F32>(
-        _mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), (__m512bh)Broadcast32(a), (__m512bh)b));
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), (__m512bh)a, (__m512bh)b));
   }
-  static __m512 Broadcast32(float a) { return _mm512_set1_ps(a); }
+  // Lanes of `count` elements of two rows of V; `next` may be null, for zeros.
+  static F32 Interleave(const BFloat16* row, const BFloat16* next, int64_t count) {
+    const I32 low = reinterpret_cast<I32>(LoadAs(row, count));
+    const I32 high = next == nullptr ? I32{} : reinterpret_cast<I32>(LoadAs(next, count));
+    return reinterpret_cast<F32>(high | ((low >> 16) & 0xffff));
+  }
   static void StoreP(F32 low, F32 high, float* p) {
     const __m512bh pair =
         _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
@@ -72,7 +81,7 @@ inline void MultiplyPanel(const float* a, const float* b, int64_t steps, F32 (&a
     for (int c = 0; c < kCols; ++c) column[c] = Load(b + s * kPanel + c * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const float lane = a[r * kRowLanes + s * kStepLanes];
+      const F32 lane = BroadcastBits(a + r * kRowLanes + s * kStepLanes);
 #pragma GCC unroll 2
       for (int c = 0; c < kCols; ++c) acc[r][c] = Math::MultiplyAdd(lane, column[c], acc[r][c]);
     }
@@ -113,33 +122,54 @@ int64_t PackedPageBytes(int64_t head_dim) {
   return kBlockTokens * RoundUp(head_dim, kPanel) * int64_t{sizeof(typename Math::Element)};
 }
 
-template <class Math>
-void PackK(const void* page, int64_t num_tokens, int64_t head_dim, char* packed) {
-  const int64_t steps = head_dim / Math::kPair;
-  const char* rows = static_cast<const char*>(page);
-  uint32_t* out = reinterpret_cast<uint32_t*>(packed);
-  for (int64_t key = 0; key < kBlockTokens; ++key) {
-    uint32_t* column = out + key / kPanel * steps * kPanel + key % kPanel;
-    for (int64_t s = 0; s < steps; ++s) {
-      uint32_t lane = 0;
-      if (key < num_tokens) std::memcpy(&lane, rows + (key * steps + s) * 4, 4);
-      column[s * kPanel] = lane;
+// Transposes rows of 32-bit lanes, in squares of kLanes: column j of the rows [i, i + kLanes) goes
+// to write(i, j, register). Rows from num_rows on count as zero. num_lanes: multiple of kLanes / 2.
+template <typename Write>
+inline void TransposeRows(const char* data, int64_t stride_bytes, int64_t num_rows,
+                          int64_t num_lanes, const Write& write) {
+  for (int64_t i = 0; i < num_rows; i += kLanes) {
+    for (int64_t j = 0; j < num_lanes; j += kLanes) {
+      const int64_t count = num_lanes - j < kLanes ? num_lanes - j : kLanes;
+      F32 square[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) {
+        const char* row = data + (i + r) * stride_bytes + j * 4;
+        square[r] = i + r < num_rows ? LoadAs(reinterpret_cast<const float*>(row), count) : F32{};
+      }
+      Transpose(square);
+      for (int64_t c = 0; c < count; ++c) write(i, j + c, square[c]);
     }
   }
 }
 
 template <class Math>
+void PackK(const void* page, int64_t num_tokens, int64_t head_dim, char* packed) {
+  const int64_t steps = head_dim / Math::kPair;
+  float* out = reinterpret_cast<float*>(packed);
+  if (num_tokens < kBlockTokens) std::memset(packed, 0, kBlockTokens * steps * 4);
+  TransposeRows(static_cast<const char*>(page), steps * 4, num_tokens, steps,
+                [&](int64_t key, int64_t s, F32 lanes) {
+                  Store(lanes, out + key / kPanel * steps * kPanel + s * kPanel + key % kPanel);
+                });
+}
+
+template <class Math>
 void PackV(const void* page, int64_t num_tokens, int64_t head_dim, char* packed) {
   using Element = typename Math::Element;
+  constexpr int64_t kSteps = kBlockTokens / Math::kPair;
   const Element* rows = static_cast<const Element*>(page);
-  Element* out = reinterpret_cast<Element*>(packed);
-  std::memset(packed, 0, PackedPageBytes<Math>(head_dim));
-  for (int64_t token = 0; token < num_tokens; ++token) {
-    for (int64_t i = 0; i < head_dim; ++i) {
-      const int64_t lane =
-          (i / kPanel * (kBlockTokens / Math::kPair) + token / Math::kPair) * kPanel + i % kPanel;
-      out[lane * Math::kPair + token % Math::kPair] = rows[token * head_dim + i];
-    }
+  float* out = reinterpret_cast<float*>(packed);
+  if (num_tokens < kBlockTokens || head_dim % kPanel != 0) {
+    std::memset(packed, 0, PackedPageBytes<Math>(head_dim));
+  }
+  for (int64_t token = 0; token < num_tokens; token += Math::kPair) {
+    const Element* row = rows + token * head_dim;
+    const Element* next = token + 1 < num_tokens ? row + head_dim : nullptr;
+    float* panel_row = out + token / Math::kPair * kPanel;
+    ForLanes(head_dim, [&](int64_t i, int64_t count) {
+      Store(Math::Interleave(row + i, next ? next + i : nullptr, count),
+            panel_row + i / kPanel * kSteps * kPanel + i % kPanel);
+    });
   }
 }
 
@@ -147,16 +177,14 @@ void PackV(const void* page, int64_t num_tokens, int64_t head_dim, char* packed)
 template <class Math>
 void PackQ(const TileArgs& args, float* q) {
   const int64_t steps = args.head_dim / Math::kPair;
-  for (int64_t r = 0; r < RoundUp(args.num_rows, kRows); ++r) {
-    float* column = q + r / kRows * steps * kRows + r % kRows;
-    const char* row = static_cast<const char*>(args.q) +
-                      r * args.q_stride * int64_t{sizeof(typename Math::Element)};
-    for (int64_t s = 0; s < steps; ++s) {
-      float lane = 0;
-      if (r < args.num_rows) std::memcpy(&lane, row + s * 4, 4);
-      column[s * kRows] = lane;
-    }
-  }
+  const int64_t stride_bytes = args.q_stride * int64_t{sizeof(typename Math::Element)};
+  TransposeRows(static_cast<const char*>(args.q), stride_bytes, args.num_rows, steps,
+                [&](int64_t row, int64_t s, F32 lanes) {
+                  for (int r = 0; r < kLanes && row + r < args.num_rows; r += kRows) {
+                    std::memcpy(q + ((row + r) / kRows * steps + s) * kRows,
+                                reinterpret_cast<const char*>(&lanes) + r * 4, kRows * 4);
+                  }
+                });
 }
 
 // S of one row group against the first `cols` keys of a page (a multiple of kPanel).
@@ -190,30 +218,55 @@ inline F32 MaskAndMax(float* s, int64_t cols, int64_t limit) {
   return greatest;
 }
 
-// One row of online softmax: S[0, cols) to P, with the row's maximum, sum and output kept up to
-// date.
+// Raises a row's maximum to the greatest lane and brings its sum and output to the new base.
 template <class Math>
-void SoftmaxRow(float* s, int64_t cols, int64_t limit, float scale, TileScratch<Math>& t,
-                int64_t row, float* p) {
-  const F32 greatest = MaskAndMax(s, cols, limit);
+__attribute__((noinline)) void RaiseMax(F32 greatest, float scale, TileScratch<Math>& t,
+                                        int64_t row) {
+  const float raised = ReduceMax(greatest);
+  const float factor = Exp2Scalar((t.max[row] - raised) * scale);
+  t.max[row] = raised;
   float* sum = t.sum + row * kLanes;
+  Store(Load(sum) * factor, sum);
+  float* out = t.out + row * t.out_cols;
+  for (int64_t i = 0; i < t.out_cols; i += kLanes) Store(Load(out + i) * factor, out + i);
+}
+
+// One row of online softmax: S[0, cols) to P, with the row's maximum, sum and output kept up to
+// date. Columns from `limit` on are not seen.
+template <class Math>
+inline void SoftmaxRow(float* s, int64_t cols, int64_t limit, float scale, TileScratch<Math>& t,
+                       int64_t row, float* p) {
+  const F32 greatest = MaskAndMax(s, cols, limit);
   if (AnyGreater(greatest, Broadcast(t.max[row] + kMaxSlack / scale))) {
-    const float raised = ReduceMax(greatest);
-    const float factor = Exp2Scalar((t.max[row] - raised) * scale);
-    t.max[row] = raised;
-    Store(Load(sum) * factor, sum);
-    float* out = t.out + row * t.out_cols;
-    for (int64_t i = 0; i < t.out_cols; i += kLanes) Store(Load(out + i) * factor, out + i);
+    RaiseMax(greatest, scale, t, row);
   }
   const F32 bias = Broadcast(t.max[row] * scale);
-  F32 total = Load(sum);
+  F32 total = Load(t.sum + row * kLanes);
+#pragma GCC unroll 4
   for (int64_t key = 0; key < cols; key += kPanel) {
     const F32 low = Exp2<Math::kExactExp>(Load(s + key) * scale - bias);
     const F32 high = Exp2<Math::kExactExp>(Load(s + key + kLanes) * scale - bias);
     total += low + high;
     Math::StoreP(low, high, p + key / Math::kPair);
   }
-  Store(total, sum);
+  Store(total, t.sum + row * kLanes);
+}
+
+template <class Math>
+void SoftmaxRows(int64_t cols, int64_t limit, float scale, TileScratch<Math>& t, int64_t row) {
+  constexpr int64_t kPLanes = TileScratch<Math>::kPLanes;
+  // The common case with constant bounds: no masks, all loops unrolled.
+  if (limit >= kBlockTokens) {
+    for (int r = 0; r < kRows; ++r) {
+      SoftmaxRow<Math>(t.s + r * kBlockTokens, kBlockTokens, kBlockTokens, scale, t, row + r,
+                       t.p + r * kPLanes);
+    }
+  } else {
+    for (int r = 0; r < kRows; ++r) {
+      SoftmaxRow<Math>(t.s + r * kBlockTokens, cols, limit + r, scale, t, row + r,
+                       t.p + r * kPLanes);
+    }
+  }
 }
 
 // O += P V over the first `cols` keys.
@@ -243,8 +296,8 @@ void WriteRows(const TileArgs& args, const TileScratch<Math>& t) {
     const float inverse = 1.0f / ReduceAdd(Load(t.sum + r * kLanes));
     const float* row = t.out + r * t.out_cols;
     Element* out = static_cast<Element*>(args.out) + r * args.out_stride;
-#pragma omp simd
-    for (int64_t i = 0; i < args.head_dim; ++i) out[i] = Element(row[i] * inverse);
+    ForLanes(args.head_dim,
+             [&](int64_t i, int64_t count) { StoreAs(Load(row + i) * inverse, out + i, count); });
   }
 }
 
@@ -259,10 +312,7 @@ void AttendPage(const TileArgs& args, int64_t block, float scale, TileScratch<Ma
     if (last_limit <= 0) continue;
     const int64_t cols = last_limit < kBlockTokens ? RoundUp(last_limit, kPanel) : kBlockTokens;
     Scores<Math>(t.q + row * args.head_dim / Math::kPair, k, args.head_dim, cols, t.s);
-    for (int r = 0; r < kRows; ++r) {
-      SoftmaxRow<Math>(t.s + r * kBlockTokens, cols, limit + r, scale, t, row + r,
-                       t.p + r * TileScratch<Math>::kPLanes);
-    }
+    SoftmaxRows<Math>(cols, limit, scale, t, row);
     AddValues<Math>(t.p, v, cols, t.out + row * t.out_cols, t.out_cols);
   }
 }

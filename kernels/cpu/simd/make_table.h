@@ -15,7 +15,7 @@ constexpr KernelTable MakeTable() {
   using T = typename Math::Element;
   return {ElementKernelsFor<T>(),
           {PackedPageBytes<Math>, TileScratch<Math>::Bytes, PackK<Math>, PackV<Math>,
-           AttentionTile<Math>, AttentionRow<T>},
+           AttentionTile<Math>, AttentionRow<Math>},
           SelectionKernelsFor<Math>()};
 }
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <utility>
 
 #include "kernels/cpu/simd/attention_tile.h"
 #include "kernels/cpu/simd/elementwise.h"
@@ -13,31 +12,6 @@ namespace headstart::simd {
 namespace {
 
 static_assert(kStatsAlign % kLanes == 0);
-
-template <int kStep, int... kLane>
-inline F32 SwapLanes(F32 v, std::integer_sequence<int, kLane...>) {
-  return __builtin_shufflevector(v, v, (kLane ^ kStep)...);
-}
-
-// Every lane becomes the maximum, or the sum, of its aligned group of kGroup lanes.
-template <int kGroup, int kStep = 1>
-inline F32 GroupMax(F32 v) {
-  if constexpr (kStep == kGroup) {
-    return v;
-  } else {
-    const F32 other = SwapLanes<kStep>(v, std::make_integer_sequence<int, kLanes>());
-    return GroupMax<kGroup, kStep * 2>(Max(v, other));
-  }
-}
-template <int kGroup, int kStep = 1>
-inline F32 GroupAdd(F32 v) {
-  if constexpr (kStep == kGroup) {
-    return v;
-  } else {
-    const F32 other = SwapLanes<kStep>(v, std::make_integer_sequence<int, kLanes>());
-    return GroupAdd<kGroup, kStep * 2>(v + other);
-  }
-}
 
 // Maximum and sum of the blocks of kBlockKeys keys of one row of masked logits.
 template <int kBlockKeys>

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -77,6 +78,15 @@ inline void ForLanes(int64_t n, const Body& body) {
 
 inline F32 Broadcast(float x) { return x - F32{}; }
 
+// The 32 bits at p in every lane, whatever they are.
+inline F32 BroadcastBits(const float* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<F32>(_mm512_set1_ps(*p));
+#else
+  return Broadcast(*p);
+#endif
+}
+
 inline F32 Max(F32 a, F32 b) { return a > b ? a : b; }
 
 inline I32 LaneIndex() {
@@ -85,16 +95,52 @@ inline I32 LaneIndex() {
   return v;
 }
 
-inline float ReduceMax(F32 v) {
-  float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+template <int kStep, int... kLane>
+inline F32 SwapLanes(F32 v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, (kLane ^ kStep)...);
 }
 
-inline float ReduceAdd(F32 v) {
-  float s = 0;
-  for (int i = 0; i < kLanes; ++i) s += v[i];
-  return s;
+// Every lane becomes the maximum, or the sum, of its aligned group of kGroup lanes.
+template <int kGroup, int kStep = 1>
+inline F32 GroupMax(F32 v) {
+  if constexpr (kStep == kGroup) {
+    return v;
+  } else {
+    const F32 other = SwapLanes<kStep>(v, std::make_integer_sequence<int, kLanes>());
+    return GroupMax<kGroup, kStep * 2>(Max(v, other));
+  }
+}
+template <int kGroup, int kStep = 1>
+inline F32 GroupAdd(F32 v) {
+  if constexpr (kStep == kGroup) {
+    return v;
+  } else {
+    const F32 other = SwapLanes<kStep>(v, std::make_integer_sequence<int, kLanes>());
+    return GroupAdd<kGroup, kStep * 2>(v + other);
+  }
+}
+
+inline float ReduceMax(F32 v) { return GroupMax<kLanes>(v)[0]; }
+inline float ReduceAdd(F32 v) { return GroupAdd<kLanes>(v)[0]; }
+
+// One step of Transpose: exchanges the off-diagonal blocks of kStep x kStep lanes.
+template <int kStep, int... kLane>
+inline void ExchangeBlocks(F32& a, F32& b, std::integer_sequence<int, kLane...>) {
+  const F32 low =
+      __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane : kLane + kStep)...);
+  a = low;
+}
+
+// Transposes a square of 32-bit lanes: rows[i][j] and rows[j][i] change places.
+template <int kStep = kLanes / 2>
+inline void Transpose(F32 (&rows)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kStep) continue;
+    ExchangeBlocks<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>());
+  }
+  if constexpr (kStep > 1) Transpose<kStep / 2>(rows);
 }
 
 // Whether some a[i] > b[i].
@@ -134,9 +180,9 @@ template <bool kExact>
 inline F32 Exp2(F32 x) {
 #if defined(__AVX512F__)
   const __m512 v = reinterpret_cast<__m512>(x);
-  const __m512 fraction = _mm512_reduce_ps(v, _MM_FROUND_TO_NEG_INF);
-  const F32 power = Exp2Fraction<kExact>(reinterpret_cast<F32>(fraction));
-  return reinterpret_cast<F32>(_mm512_scalef_ps(reinterpret_cast<__m512>(power), v));
+  const __m512 whole = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEG_INF);
+  const F32 power = Exp2Fraction<kExact>(x - reinterpret_cast<F32>(whole));
+  return reinterpret_cast<F32>(_mm512_scalef_ps(reinterpret_cast<__m512>(power), whole));
 #else
   const F32 low = Broadcast(-127.0f);
   x = x < low ? low : x;
