@@ -14,6 +14,8 @@ namespace {
 constexpr absl::string_view kReasonPayload = "headstart/reason";
 constexpr absl::string_view kRetryPayload = "headstart/retry-microseconds";
 
+constexpr absl::string_view kUsagePayload = "headstart/usage";
+
 constexpr std::array<absl::string_view, kNumErrorReasons> kNames = {
     "NONE",
     "MALFORMED_REQUEST",
@@ -87,10 +89,19 @@ ErrorReason ReasonOf(const absl::Status& status) {
   return reason ? static_cast<ErrorReason>(*reason) : ReasonOfCode(status);
 }
 
-std::optional<absl::Duration> RetryDelayOf(const absl::Status& status) {
+std::optional<absl::Duration> RetryAfter(const absl::Status& status) {
   const std::optional<int64_t> delay_us = NumberPayload(status, kRetryPayload);
   if (!delay_us) return std::nullopt;
   return absl::Microseconds(*delay_us);
+}
+
+absl::Status AsUsageError(absl::Status status) {
+  status.SetPayload(kUsagePayload, absl::Cord());
+  return status;
+}
+
+bool IsUsageError(const absl::Status& status) {
+  return status.GetPayload(kUsagePayload).has_value();
 }
 
 }  // namespace headstart

@@ -48,6 +48,10 @@ absl::Status MakeRetryableError(absl::StatusCode code, ErrorReason reason,
 // stands for.
 ErrorReason ReasonOf(const absl::Status& status);
 
-std::optional<absl::Duration> RetryDelayOf(const absl::Status& status);
+std::optional<absl::Duration> RetryAfter(const absl::Status& status);
+
+// Marks an error as the operator's: a flag that does not suit the model or the machine.
+absl::Status AsUsageError(absl::Status status);
+bool IsUsageError(const absl::Status& status);
 
 }  // namespace headstart

@@ -63,6 +63,11 @@ void PrefillWorker::Cancel(const PrefillJob* job) {
   entry.task.done(GivenUpError(*entry.task.job));
 }
 
+bool PrefillWorker::busy() {
+  MutexLock lock(&mutex_);
+  return running_ != nullptr || !queue_.empty();
+}
+
 void PrefillWorker::Stop() {
   std::deque<Entry> waiting;
   {

@@ -49,6 +49,9 @@ class PrefillWorker {
   // computed, ends by that flag. Looks at `job` only as a name.
   void Cancel(const PrefillJob* job);
 
+  // Something is being computed or waits for it.
+  bool busy();
+
   // Ends the waiting tasks with UNAVAILABLE, cancels the running one and waits for it.
   void Stop();
 

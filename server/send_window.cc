@@ -9,10 +9,12 @@
 
 namespace headstart {
 
-absl::Status SendWindow::Take(int64_t bytes, absl::Time deadline) {
+absl::StatusOr<absl::Duration> SendWindow::Take(int64_t bytes, absl::Time deadline) {
   MutexLock lock(&mutex_);
   const absl::Time began = absl::Now();
+  bool waited = false;
   while (broken_.ok() && !HasRoom(bytes)) {
+    waited = true;
     const absl::Time stalled = std::max(began, last_progress_) + stall_timeout_;
     const absl::Time now = absl::Now();
     if (now >= deadline) {
@@ -26,8 +28,9 @@ absl::Status SendWindow::Take(int64_t bytes, absl::Time deadline) {
     }
     changed_.WaitUntil(&mutex_, std::min(deadline, stalled));
   }
-  if (broken_.ok()) held_bytes_ += bytes;
-  return broken_;
+  if (!broken_.ok()) return broken_;
+  held_bytes_ += bytes;
+  return waited ? absl::Now() - began : absl::ZeroDuration();
 }
 
 void SendWindow::GiveBack(int64_t bytes) {

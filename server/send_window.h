@@ -5,6 +5,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "kernels/base/mutex.h"
 
@@ -17,9 +18,10 @@ class SendWindow {
       : capacity_bytes_(capacity_bytes), stall_timeout_(stall_timeout) {}
 
   // Takes `bytes`, waiting for room if need be; more than the capacity is taken when nothing else
-  // is held. CANCELLED (reason CLIENT_STALLED) when nothing came back for the stall limit,
-  // DEADLINE_EXCEEDED at `deadline`, or what Break was given.
-  absl::Status Take(int64_t bytes, absl::Time deadline);
+  // is held. Returns how long it waited, zero if not at all. CANCELLED (reason CLIENT_STALLED) when
+  // nothing came back for the stall limit, DEADLINE_EXCEEDED at `deadline`, or what Break was
+  // given.
+  absl::StatusOr<absl::Duration> Take(int64_t bytes, absl::Time deadline);
 
   // The client has taken bytes that Take got.
   void GiveBack(int64_t bytes);

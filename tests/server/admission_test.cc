@@ -59,7 +59,7 @@ TEST_F(AdmissionTest, RefusesMoreRequestsThanTheLimit) {
   const absl::Status refused = admission_.Admit("d", 1, kNever).status();
   EXPECT_THAT(refused, StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("3 requests")));
   EXPECT_EQ(ReasonOf(refused), ErrorReason::kQueueFull);
-  EXPECT_TRUE(RetryDelayOf(refused).has_value());
+  EXPECT_TRUE(RetryAfter(refused).has_value());
   tickets.pop_back();
   EXPECT_OK(admission_.Admit("d", 1, kNever));
 }
@@ -155,7 +155,7 @@ TEST_F(AdmissionTest, RetryDelayFollowsTheRate) {
   }
   ASSERT_OK_AND_ASSIGN(Ticket ticket, admission_.Admit("a", 900, kNever));
   const absl::Status refused = admission_.Admit("b", 500, kNever).status();
-  EXPECT_EQ(RetryDelayOf(refused), absl::Seconds(5));
+  EXPECT_EQ(RetryAfter(refused), absl::Seconds(5));
 }
 
 TEST_F(AdmissionTest, WaitsUntilTheLastTicketIsBack) {

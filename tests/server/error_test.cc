@@ -13,7 +13,7 @@ TEST(ErrorTest, KeepsReasonAndMessage) {
   EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
   EXPECT_EQ(status.message(), "model: no such");
   EXPECT_EQ(ReasonOf(status), ErrorReason::kUnknownModel);
-  EXPECT_FALSE(RetryDelayOf(status).has_value());
+  EXPECT_FALSE(RetryAfter(status).has_value());
 }
 
 TEST(ErrorTest, KeepsRetryDelay) {
@@ -21,7 +21,7 @@ TEST(ErrorTest, KeepsRetryDelay) {
       MakeRetryableError(absl::StatusCode::kResourceExhausted, ErrorReason::kQueueFull, "full",
                          absl::Milliseconds(1500));
   EXPECT_EQ(ReasonOf(status), ErrorReason::kQueueFull);
-  EXPECT_EQ(RetryDelayOf(status), absl::Milliseconds(1500));
+  EXPECT_EQ(RetryAfter(status), absl::Milliseconds(1500));
 }
 
 TEST(ErrorTest, DerivesReasonOfForeignStatusFromItsCode) {

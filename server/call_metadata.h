@@ -1,0 +1,30 @@
+// What a call says besides its message: who it is from, its names, its deadline.
+#pragma once
+
+#include <grpcpp/server_context.h>
+
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "server/options.h"
+
+namespace headstart {
+
+// PERMISSION_DENIED when the server wants certain names in client certificates and this client's
+// has none of them.
+absl::Status CheckPeer(const grpc::ServerContextBase& call, const ServerTlsOptions& tls);
+
+// The message's id, else the one in the metadata x-request-id, else a random one. INVALID_ARGUMENT
+// when the one that counts is no good id.
+absl::StatusOr<std::string> ChooseRequestId(const std::string& from_message,
+                                            const grpc::ServerContextBase& call);
+
+// The 32 hex digits of a valid W3C traceparent, or empty.
+std::string TraceId(const grpc::ServerContextBase& call);
+
+// The client's deadline, or the default one; no later than the longest that the server allows.
+absl::Time EffectiveDeadline(const grpc::ServerContextBase& call, const ServerOptions& options);
+
+}  // namespace headstart

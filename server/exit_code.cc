@@ -1,0 +1,22 @@
+#include "server/exit_code.h"
+
+#include "server/error.h"
+
+namespace headstart {
+
+int ExitCodeOf(const absl::Status& status) {
+  if (IsUsageError(status)) return kExitUsage;
+  switch (status.code()) {
+    case absl::StatusCode::kOk:
+      return kExitOk;
+    case absl::StatusCode::kInvalidArgument:
+    case absl::StatusCode::kNotFound:
+    case absl::StatusCode::kDataLoss:
+    case absl::StatusCode::kPermissionDenied:
+      return kExitModel;
+    default:
+      return kExitRuntime;
+  }
+}
+
+}  // namespace headstart

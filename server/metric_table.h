@@ -1,0 +1,166 @@
+// Every metric that /metrics shows: the one place where names, types, texts and labels are written.
+// server/README.md repeats the table; a test compares it with this one and with a live server.
+#pragma once
+
+#include <array>
+
+namespace headstart {
+
+enum class MetricType { kCounter, kGauge, kHistogram };
+
+struct MetricSpec {
+  MetricType type;
+  const char* name;
+  const char* labels;  // comma-separated; all bounded
+  const char* help;
+};
+
+namespace metric {
+
+inline constexpr MetricSpec kRequests{MetricType::kCounter, "headstart_requests_total",
+                                      "model,code,reason",
+                                      "Prefill calls that ended, by gRPC code and reason"};
+inline constexpr MetricSpec kQueueRequests{MetricType::kGauge, "headstart_queue_requests", "model",
+                                           "Accepted requests whose compute has not begun"};
+inline constexpr MetricSpec kQueueTokens{MetricType::kGauge, "headstart_queue_tokens", "model",
+                                         "Prompt tokens of queued requests"};
+inline constexpr MetricSpec kRunningRequests{MetricType::kGauge, "headstart_running_requests",
+                                             "model",
+                                             "Requests that compute, or send what was computed"};
+inline constexpr MetricSpec kInflightTokens{
+    MetricType::kGauge, "headstart_inflight_tokens", "model",
+    "Prompt tokens of all accepted requests that have not ended"};
+inline constexpr MetricSpec kTicketsAcquired{
+    MetricType::kCounter, "headstart_tickets_acquired_total", "model", "Requests accepted"};
+inline constexpr MetricSpec kTicketsReleased{
+    MetricType::kCounter, "headstart_tickets_released_total", "model",
+    "Accepted requests that ended and gave everything back"};
+
+inline constexpr MetricSpec kTimeToFirstChunk{
+    MetricType::kHistogram, "headstart_time_to_first_chunk_seconds", "model",
+    "Accepted until the client's connection had taken the first KV chunk"};
+inline constexpr MetricSpec kTimeToFirstToken{
+    MetricType::kHistogram, "headstart_time_to_first_token_seconds", "model",
+    "Accepted until the client's connection had taken all KV and the first token, for requests "
+    "that "
+    "ended OK; the sum of queue, selection, attention, other compute and exposed transfer"};
+inline constexpr MetricSpec kQueueTime{MetricType::kHistogram, "headstart_queue_seconds", "model",
+                                       "Accepted until compute began"};
+inline constexpr MetricSpec kComputeTime{
+    MetricType::kHistogram, "headstart_compute_seconds", "model",
+    "Selection, attention and other compute of requests that ended OK"};
+inline constexpr MetricSpec kSelectionTime{MetricType::kHistogram, "headstart_selection_seconds",
+                                           "model", "Choosing key blocks"};
+inline constexpr MetricSpec kAttentionTime{MetricType::kHistogram, "headstart_attention_seconds",
+                                           "model", "Attention over the chosen blocks"};
+inline constexpr MetricSpec kOtherComputeTime{MetricType::kHistogram,
+                                              "headstart_other_compute_seconds", "model",
+                                              "Everything else of the model"};
+inline constexpr MetricSpec kExposedTransferTime{
+    MetricType::kHistogram, "headstart_exposed_transfer_seconds", "model",
+    "Time that shipping KV added to the time to first token"};
+inline constexpr MetricSpec kRequestTime{MetricType::kHistogram, "headstart_request_seconds",
+                                         "model", "Accepted until ended, however it ended"};
+
+inline constexpr MetricSpec kPromptTokens{MetricType::kHistogram, "headstart_prompt_tokens",
+                                          "model", "Length of accepted prompts"};
+inline constexpr MetricSpec kPromptTokensTotal{
+    MetricType::kCounter, "headstart_prompt_tokens_total", "model,source",
+    "Prompt tokens whose KV was made, by where it came from"};
+inline constexpr MetricSpec kKvBytesSent{MetricType::kCounter, "headstart_kv_bytes_sent_total",
+                                         "model", "KV bytes that connections have taken"};
+inline constexpr MetricSpec kKvChunksSent{MetricType::kCounter, "headstart_kv_chunks_sent_total",
+                                          "model", "KV chunks that connections have taken"};
+inline constexpr MetricSpec kKvChunkStall{
+    MetricType::kHistogram, "headstart_kv_chunk_stall_seconds", "model",
+    "Waits of compute for a client to take KV, one a chunk that had to wait"};
+inline constexpr MetricSpec kKvTransferFailures{
+    MetricType::kCounter, "headstart_kv_transfer_failures_total", "model,reason",
+    "Requests that ended before their client had all KV although compute had begun"};
+inline constexpr MetricSpec kKvPoolBlocks{MetricType::kGauge, "headstart_kv_pool_blocks", "state",
+                                          "Pages of the KV pool"};
+inline constexpr MetricSpec kKvPoolAcquired{
+    MetricType::kCounter, "headstart_kv_pool_blocks_acquired_total", "", "Pages handed out"};
+inline constexpr MetricSpec kKvPoolReleased{
+    MetricType::kCounter, "headstart_kv_pool_blocks_released_total", "", "Pages given back"};
+inline constexpr MetricSpec kKvCacheUtilization{
+    MetricType::kGauge, "headstart_kv_cache_utilization_ratio", "", "Used share of the KV pool"};
+
+inline constexpr MetricSpec kAttentionDensity{
+    MetricType::kHistogram, "headstart_attention_density_ratio", "model",
+    "Executed share of the causal attention blocks of a prompt"};
+inline constexpr MetricSpec kExecutedBlocks{MetricType::kCounter,
+                                            "headstart_attention_executed_blocks_total",
+                                            "model,layer", "Query-key blocks that attention ran"};
+inline constexpr MetricSpec kCausalBlocks{MetricType::kCounter,
+                                          "headstart_attention_causal_blocks_total", "model,layer",
+                                          "Query-key blocks that dense attention would have run"};
+inline constexpr MetricSpec kLayerSparsity{MetricType::kGauge, "headstart_layer_sparsity_ratio",
+                                           "model,layer",
+                                           "1 - executed / causal blocks of the last prompt"};
+inline constexpr MetricSpec kAttentionFallback{
+    MetricType::kCounter, "headstart_attention_fallback_total", "model,reason",
+    "Dense attention although ProxyAttn was asked for: whole prompts below the dense limit, or "
+    "layers times prefill chunks whose selection kept too much"};
+inline constexpr MetricSpec kNonfiniteOutputs{
+    MetricType::kCounter, "headstart_nonfinite_outputs_total", "model",
+    "Requests that failed because the model computed NaN or infinity"};
+
+inline constexpr MetricSpec kReady{MetricType::kGauge, "headstart_ready", "",
+                                   "1 when requests are taken and compute makes progress"};
+inline constexpr MetricSpec kDraining{MetricType::kGauge, "headstart_draining", "",
+                                      "1 after SIGTERM or /drain"};
+inline constexpr MetricSpec kModelLoadTime{MetricType::kGauge, "headstart_model_load_seconds", "",
+                                           "Time that loading the model took"};
+inline constexpr MetricSpec kLayersDone{MetricType::kCounter, "headstart_layers_done_total", "",
+                                        "Layers that compute has finished: progress"};
+inline constexpr MetricSpec kBuildInfo{MetricType::kGauge, "headstart_build_info",
+                                       "version,backend,device", "1"};
+inline constexpr MetricSpec kModelInfo{MetricType::kGauge, "headstart_model_info",
+                                       "model,model_hash,architecture,kv_dtype", "1"};
+inline constexpr MetricSpec kCacheConfigInfo{MetricType::kGauge, "headstart_cache_config_info",
+                                             "block_size,num_blocks", "1"};
+
+inline constexpr MetricSpec kConnections{MetricType::kGauge, "headstart_connections", "",
+                                         "Open connections of the gRPC listener"};
+inline constexpr MetricSpec kConnectionsAccepted{MetricType::kCounter,
+                                                 "headstart_connections_accepted_total", "",
+                                                 "Connections taken since the start"};
+inline constexpr MetricSpec kConnectionsShed{MetricType::kCounter,
+                                             "headstart_connections_shed_total", "reason",
+                                             "Connections closed at once because of a limit"};
+
+inline constexpr MetricSpec kProcessCpu{MetricType::kCounter, "process_cpu_seconds_total", "",
+                                        "User and system time of the process"};
+inline constexpr MetricSpec kProcessResident{MetricType::kGauge, "process_resident_memory_bytes",
+                                             "", "Resident memory of the process"};
+inline constexpr MetricSpec kProcessVirtual{MetricType::kGauge, "process_virtual_memory_bytes", "",
+                                            "Virtual memory of the process"};
+inline constexpr MetricSpec kProcessOpenFds{MetricType::kGauge, "process_open_fds", "",
+                                            "Open file descriptors"};
+inline constexpr MetricSpec kProcessMaxFds{MetricType::kGauge, "process_max_fds", "",
+                                           "Limit of open file descriptors"};
+inline constexpr MetricSpec kProcessThreads{MetricType::kGauge, "process_threads", "", "Threads"};
+inline constexpr MetricSpec kProcessStart{MetricType::kGauge, "process_start_time_seconds", "",
+                                          "Start of the process, Unix time"};
+
+inline constexpr std::array kAll = {kRequests,           kQueueRequests,       kQueueTokens,
+                                    kRunningRequests,    kInflightTokens,      kTicketsAcquired,
+                                    kTicketsReleased,    kTimeToFirstChunk,    kTimeToFirstToken,
+                                    kQueueTime,          kComputeTime,         kSelectionTime,
+                                    kAttentionTime,      kOtherComputeTime,    kExposedTransferTime,
+                                    kRequestTime,        kPromptTokens,        kPromptTokensTotal,
+                                    kKvBytesSent,        kKvChunksSent,        kKvChunkStall,
+                                    kKvTransferFailures, kKvPoolBlocks,        kKvPoolAcquired,
+                                    kKvPoolReleased,     kKvCacheUtilization,  kAttentionDensity,
+                                    kExecutedBlocks,     kCausalBlocks,        kLayerSparsity,
+                                    kAttentionFallback,  kNonfiniteOutputs,    kReady,
+                                    kDraining,           kModelLoadTime,       kLayersDone,
+                                    kBuildInfo,          kModelInfo,           kCacheConfigInfo,
+                                    kConnections,        kConnectionsAccepted, kConnectionsShed,
+                                    kProcessCpu,         kProcessResident,     kProcessVirtual,
+                                    kProcessOpenFds,     kProcessMaxFds,       kProcessThreads,
+                                    kProcessStart};
+
+}  // namespace metric
+}  // namespace headstart

@@ -1,0 +1,100 @@
+// Everything that can be set about a server, and how: flags, environment, config file.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "CLI/CLI.hpp"
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "kernels/backend.h"
+#include "server/admission.h"
+#include "server/attention_request.h"
+
+namespace headstart {
+
+enum class LogFormat : uint8_t { kText, kJson };
+enum class Reflection : uint8_t { kAuto, kOn, kOff };
+
+struct ServerTlsOptions {
+  std::string cert_file;  // PEM chain; empty: plain text
+  std::string key_file;
+  std::string client_ca_file;  // not empty: clients must show a certificate that it signed
+  // Not empty: that certificate must carry one of these subject alternative names.
+  std::vector<std::string> allowed_sans;
+  int32_t reload_seconds = 60;
+
+  bool enabled() const { return !cert_file.empty(); }
+};
+
+// Limits of one gRPC listener. Reasons for the values are in README.md.
+struct ConnectionOptions {
+  int64_t max_connections = 1024;
+  int64_t max_connections_per_peer = 256;
+  int32_t max_streams_per_connection = 128;
+  int32_t max_message_bytes = 16 << 20;
+  int32_t max_metadata_bytes = 8 << 10;
+  int64_t receive_memory_bytes = 256 << 20;
+  absl::Duration handshake_timeout = absl::Seconds(10);
+  absl::Duration keepalive_time = absl::Seconds(30);
+  absl::Duration keepalive_timeout = absl::Seconds(10);
+  absl::Duration min_ping_interval = absl::Seconds(10);
+  absl::Duration max_idle = absl::Minutes(5);
+  absl::Duration max_age = absl::Minutes(30);
+};
+
+struct ServerOptions {
+  // ---- model
+  std::string model_dir;
+  std::string model_name;  // empty: the folder's name
+  BackendOptions backend;
+  int64_t max_prompt_tokens = 0;  // 0: the model's context
+  int64_t chunk_tokens = 8192;
+  int64_t kv_pool_tokens = 0;  // 0: one longest prompt
+  AttentionDefaults attention;
+
+  // ---- listeners; port 0 takes a free one
+  std::string listen = "127.0.0.1:8443";
+  std::string admin_listen = "127.0.0.1:9090";  // empty: no admin server
+  std::string port_file;
+  ServerTlsOptions tls;
+  ConnectionOptions connections;
+  Reflection reflection = Reflection::kAuto;
+
+  // ---- requests
+  AdmissionLimits admission;
+  absl::Duration default_deadline = absl::Seconds(120);
+  absl::Duration max_deadline = absl::Minutes(10);
+  absl::Duration first_message_timeout = absl::Seconds(10);
+  absl::Duration write_stall_timeout = absl::Seconds(30);
+  int64_t send_buffer_bytes = 16 << 20;
+
+  // ---- operations
+  absl::Duration drain_timeout = absl::Seconds(60);
+  absl::Duration stuck_after = absl::Minutes(2);
+  LogFormat log_format = LogFormat::kText;
+  std::string log_level = "info";
+};
+
+// Adds every option as a flag with help and with an environment variable: --drain-timeout is also
+// HEADSTART_DRAIN_TIMEOUT.
+void AddServerOptions(CLI::App* app, ServerOptions* options);
+
+// Only those that say which model, where and how large.
+void AddModelOptions(CLI::App* app, ServerOptions* options);
+
+// Sets the options of `app` that neither command line nor environment has set from a TOML file with
+// one `name = value` a line. INVALID_ARGUMENT names the file and what is wrong in it.
+absl::Status ApplyConfigFile(CLI::App* app, const std::string& path);
+
+// What can be said without opening a file or a port. INVALID_ARGUMENT names the flag.
+absl::Status ValidateOptions(const ServerOptions& options);
+
+// The name under which the model is served.
+std::string ServedModelName(const ServerOptions& options);
+
+// The environment variable of a flag: "drain-timeout" -> "HEADSTART_DRAIN_TIMEOUT".
+std::string EnvironmentName(const std::string& flag);
+
+}  // namespace headstart

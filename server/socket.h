@@ -1,0 +1,43 @@
+// Addresses and listening sockets.
+#pragma once
+
+#include <sys/socket.h>
+
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+namespace headstart {
+
+struct HostPort {
+  std::string host;  // a name or an address, without brackets
+  int port = 0;
+};
+
+// "host:port" or "[v6 address]:port". INVALID_ARGUMENT names the text.
+absl::StatusOr<HostPort> ParseHostPort(const std::string& address);
+
+// True for addresses of this machine only: 127.0.0.0/8, ::1, the name localhost.
+bool IsLoopback(const std::string& host);
+
+// A socket that listens. [::] takes IPv4 too. UNAVAILABLE when the port is taken or not allowed;
+// the message names the address.
+absl::StatusOr<int> ListenOn(const HostPort& address);
+
+// A socket address as text; IPv4 inside IPv6 as IPv4.
+struct Endpoint {
+  std::string ip;
+  int port = 0;
+
+  friend bool operator==(const Endpoint&, const Endpoint&) = default;
+};
+Endpoint ToEndpoint(const sockaddr_storage& address);
+
+// The local end of a bound or connected socket.
+Endpoint LocalEndpoint(int fd);
+
+// Raises the soft limit of open files to the hard one; returns what it is then.
+int64_t RaiseFileLimit();
+
+}  // namespace headstart
