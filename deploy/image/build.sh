@@ -5,7 +5,7 @@ set -eu
 source=$1
 shift
 cmake -S "$source" -B /tmp/build -G Ninja -DCMAKE_BUILD_TYPE=Release -DHEADSTART_BUILD_TESTS=OFF "$@"
-cmake --build /tmp/build --target headstart_cli
+cmake --build /tmp/build --target headstart
 install -D --strip /tmp/build/bin/headstart /opt/headstart/bin/headstart
 rm -r /tmp/build
 ldd /opt/headstart/bin/headstart >/tmp/libraries

@@ -55,13 +55,18 @@ def container_of(objects):
     return named(pod_of(objects)["spec"]["containers"], "headstart")
 
 
-def server_config(objects):
-    """The server's config file that the pod mounts, parsed."""
+def server_config_text(objects):
+    """The server's config file that the pod mounts."""
     volume = named(pod_of(objects)["spec"]["volumes"], "config")["configMap"]["name"]
     config_map = [doc for doc in objects
                   if doc["kind"] == "ConfigMap" and doc["metadata"]["name"] == volume]
     assert len(config_map) == 1, f"the pod mounts {volume}, which the overlay does not contain"
-    return tomllib.loads(config_map[0]["data"]["server.toml"])
+    return config_map[0]["data"]["server.toml"]
+
+
+def server_config(objects):
+    """The same, parsed."""
+    return tomllib.loads(server_config_text(objects))
 
 
 def _closed(schema):

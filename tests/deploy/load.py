@@ -1,0 +1,123 @@
+"""A small load with everything that a server meets: prompts of all kinds, wrong ones, clients that leave or are slow."""
+
+import collections
+import threading
+import time
+
+import grpc
+import numpy as np
+from headstart import HeadstartError, PrefillClient
+from headstart.v1 import prefill_pb2 as pb
+
+from tiny_model import VOCAB
+
+PREFILL = "/headstart.v1.PrefillService/Prefill"
+LONG = 4096  # beyond every preset's dense limit
+
+
+def prompt(length, seed=0):
+    return np.random.default_rng(seed).integers(0, VOCAB, length).tolist()
+
+
+def raw_call(channel, request, timeout=30, metadata=()):
+    stub = channel.unary_stream(PREFILL, pb.PrefillRequest.SerializeToString, pb.PrefillResponse.FromString)
+    return stub(request, timeout=timeout, metadata=metadata)
+
+
+def code_of(call):
+    """Reads a raw call to its end."""
+    try:
+        for _ in call:
+            pass
+        return "OK"
+    except grpc.RpcError as error:
+        return error.code().name
+
+
+class Load:
+    """Runs one thread for each kind of client, until stop()."""
+
+    def __init__(self, target):
+        self.target = target
+        self.codes = collections.Counter()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._crashes = []
+        kinds = [self.short, self.sparse, self.wrong, self.cancels, self.burst, self.slow_reader, self.impatient]
+        self._threads = [threading.Thread(target=self._repeat, args=(kind,), daemon=True) for kind in kinds]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self):
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+            assert not thread.is_alive(), "a client hangs"
+        if self._crashes:
+            raise self._crashes[0]
+
+    def _repeat(self, kind):
+        # A connection of its own for each kind.
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        try:
+            with PrefillClient(self.target, max_attempts=1) as client, \
+                    grpc.insecure_channel(self.target, options) as channel:
+                turn = 0
+                while not self._stop.is_set():
+                    for code in kind(client, channel, turn):
+                        with self._lock:
+                            self.codes[code] += 1
+                    turn += 1
+        except Exception as error:  # shown by stop()
+            self._crashes.append(error)
+
+    @staticmethod
+    def _code(client, *arguments, **options):
+        try:
+            client.prefill(*arguments, **options)
+            return "OK"
+        except HeadstartError as error:
+            return error.code.name
+
+    def short(self, client, _, turn):
+        yield self._code(client, prompt(64 + turn % 512, turn))
+        time.sleep(0.02)
+
+    def sparse(self, client, _, turn):
+        yield self._code(client, prompt(LONG, turn), attention=("balanced", "fast", "exact")[turn % 3])
+
+    def wrong(self, client, _, turn):
+        yield self._code(client, [1, VOCAB])
+        yield self._code(client, [])
+        yield self._code(client, [1, 2], model="another")
+        yield self._code(client, [1, 2], request_id="no blanks allowed")
+        time.sleep(0.1)
+
+    def cancels(self, _, channel, turn):
+        call = raw_call(channel, pb.PrefillRequest(token_ids=prompt(LONG, turn)))
+        try:
+            next(call)
+            call.cancel()
+            yield code_of(call)
+        except grpc.RpcError as error:
+            yield error.code().name
+        time.sleep(0.2)
+
+    def burst(self, _, channel, turn):
+        calls = [raw_call(channel, pb.PrefillRequest(token_ids=prompt(256, turn))) for _ in range(24)]
+        yield from map(code_of, calls)
+        time.sleep(1)
+
+    def slow_reader(self, _, channel, turn):
+        """Takes its time over every message, and every other time stops reading altogether."""
+        call = raw_call(channel, pb.PrefillRequest(token_ids=prompt(LONG, turn)))
+        try:
+            for index, _ in enumerate(call):
+                time.sleep(3 if turn % 2 and index == 1 else 0.05)
+            yield "OK"
+        except grpc.RpcError as error:
+            yield error.code().name
+
+    def impatient(self, _, channel, turn):
+        yield code_of(raw_call(channel, pb.PrefillRequest(token_ids=prompt(LONG, turn)), timeout=0.02))
+        time.sleep(0.2)

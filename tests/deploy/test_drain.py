@@ -1,0 +1,88 @@
+"""A rolling restart of three servers under load, seen by clients that balance themselves."""
+
+import collections
+import threading
+import time
+
+import pytest
+from headstart import HeadstartError, PrefillClient
+
+from live import Server
+from load import LONG, prompt
+from tiny_model import write_tiny_model
+
+NUM_SERVERS = 3
+NUM_CLIENTS = 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny", layers=8)
+
+
+class Clients:
+    """Threads that send prompts, long and short, until stop(); every failure is kept."""
+
+    def __init__(self, targets):
+        self.failures, self.attempts, self.done = [], collections.Counter(), 0
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        # One channel: gRPC's round_robin with health checking spreads the calls over the servers.
+        self._client = PrefillClient("ipv4:" + ",".join(targets), timeout_s=30, max_attempts=5)
+        self._threads = [threading.Thread(target=self._run, args=(number,), daemon=True)
+                         for number in range(NUM_CLIENTS)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, number):
+        turn = 0
+        while not self._stop.is_set():
+            turn += 1
+            try:
+                result = self._client.prefill(prompt(LONG if turn % 3 == 0 else 300, seed=number))
+                with self._lock:
+                    self.done += 1
+                    self.attempts[result.attempts] += 1
+            except HeadstartError as error:
+                self.failures.append(error)
+
+    def stop(self):
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+        self._client.close()
+
+
+def wait_until_done(clients, more):
+    """Until this many requests more have been answered: the load reached what was started."""
+    goal = clients.done + more
+    deadline = time.monotonic() + 30
+    while clients.done < goal:
+        assert time.monotonic() < deadline, f"{clients.done} of {goal}; failures: {clients.failures}"
+        time.sleep(0.02)
+
+
+def test_no_request_fails_during_a_rolling_restart(model, tmp_path):
+    servers = [Server(model, tmp_path, f"server-{index}") for index in range(NUM_SERVERS)]
+    targets = [server.target for server in servers]
+    clients = Clients(targets)
+    try:
+        wait_until_done(clients, 20)
+        for index, server in enumerate(servers):
+            answered = server.value("headstart_requests_total", code="OK")
+            assert answered > 0, "the load does not reach this server"
+            start = time.monotonic()
+            server.terminate()
+            assert server.wait() == 0, server.log_text()
+            drained = time.monotonic()
+            servers[index] = Server(model, tmp_path, f"server-{index}", listen=targets[index])
+            print(f"server {index}: drained in {drained - start:.2f} s, back after {time.monotonic() - start:.2f} s")
+            wait_until_done(clients, 20)
+            assert not clients.failures, clients.failures
+        clients.stop()
+    finally:
+        for server in servers:
+            server.__exit__()
+    assert not clients.failures, clients.failures
+    print(f"{clients.done} requests; attempts: {dict(clients.attempts)}")
+    assert sum(clients.attempts.values()) == clients.done > 20 * (NUM_SERVERS + 1)

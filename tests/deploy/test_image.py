@@ -1,0 +1,60 @@
+"""What can be said about the Dockerfile without building it; image_test.sh builds it."""
+
+import re
+
+from manifests import OVERLAYS, REPO, container_of, pod_of, render
+
+DOCKERFILE = (REPO / "deploy/Dockerfile").read_text()
+
+
+def stages():
+    """Stage name -> (what it starts from, its instructions)."""
+    found = {}
+    for part in re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[1:]:
+        first, *rest = part.splitlines()
+        base, name = re.fullmatch(r"(\S+) AS (\S+)", first).groups()
+        found[name] = (base, [line for line in rest if line and not line.startswith("#")])
+    return found
+
+
+def instructions(name):
+    """The instructions of a stage and of the stages of this file that it starts from."""
+    base, own = stages()[name]
+    return (instructions(base) if base in stages() else []) + own
+
+
+FINAL = ("cpu", "cpu-demo", "cuda")
+
+
+def test_final_stages_run_as_the_user_of_the_pods():
+    security = pod_of(render("h100"))["spec"]["securityContext"]
+    for name in FINAL:
+        assert f"USER {security['runAsUser']}:{security['runAsGroup']}" in instructions(name)
+
+
+def test_final_stages_start_what_the_pods_start():
+    container = container_of(render("h100"))
+    for name in FINAL:
+        assert f"ENTRYPOINT {str(container['command'])}".replace("'", '"') in instructions(name)
+        assert f"CMD {str(container['args'])}".replace("'", '"') in instructions(name)
+        ports = " ".join(str(port["containerPort"]) for port in container["ports"])
+        assert f"EXPOSE {ports}" in instructions(name)
+
+
+def test_final_stages_install_only_what_the_program_links():
+    for name in FINAL:
+        installed = [line for line in instructions(name) if "install_packages.sh $(" in line]
+        assert len(installed) == 1 and "$(cat /opt/image/runtime_packages)" in installed[0]
+
+
+def test_every_overlay_runs_an_image_that_the_dockerfile_makes():
+    for overlay in OVERLAYS:
+        assert container_of(render(overlay))["image"].split(":")[1] in FINAL
+
+
+def test_copied_files_exist():
+    for _, lines in stages().values():
+        for line in lines:
+            match = re.fullmatch(r"COPY (?!--from)(\S+) \S+", line)
+            if match and match[1] != ".":
+                assert (REPO / match[1]).exists(), line

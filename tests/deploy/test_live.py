@@ -1,0 +1,197 @@
+"""Dashboard, rules and autoscaler against a real server under a mixed load, scraped by a real Prometheus."""
+
+import re
+import socket
+import time
+
+import grpc
+import pytest
+from headstart.v1 import prefill_pb2 as pb
+
+from live import Prometheus, Server, get, parse_metrics, wait_for
+from load import LONG, Load, prompt, raw_call
+from promql import alerts, autoscaler_query, dashboard_expressions, rules, run_promtool, substitute
+from tiny_model import write_tiny_model
+
+LIMITS = ("--max-queue-requests=16", "--write-stall-timeout=1s", "--send-buffer-bytes=256KB", "--stuck-after=5s")
+LOAD_SECONDS = 15
+# Alerts that look for what is missing say nothing about a healthy system.
+ABSENCE = {"HeadstartAbsent"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny", layers=8)
+
+
+class Observed:
+    """What was seen of one load: the client's side, the server's side, and Prometheus."""
+
+
+@pytest.fixture(scope="module")
+def observed(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("live")
+    seen = Observed()
+    with Server(model, folder, "steady", *LIMITS) as steady, Server(model, folder, "leaving", *LIMITS) as leaving, \
+            Prometheus([steady.admin, leaving.admin], folder) as prometheus:
+        seen.prometheus, seen.steady, seen.leaving = prometheus, steady, leaving
+        load = Load(steady.target)
+        time.sleep(LOAD_SECONDS)
+        seen.values = {name: prometheus.query(substitute(expr)) for name, expr in dashboard_expressions()}
+        seen.drain_seconds = drain_while_scraped(leaving, prometheus)
+        load.stop()
+        seen.codes = load.codes
+        wait_for(lambda: steady.value("headstart_queue_requests") + steady.value("headstart_running_requests") == 0,
+                 "idle")
+        seen.metrics = steady.metrics()
+        yield seen
+
+
+def drain_while_scraped(server, prometheus):
+    """SIGTERM while a client reads slowly, until the server has gone; the time that took."""
+    with grpc.insecure_channel(server.target) as channel:
+        call = raw_call(channel, pb.PrefillRequest(token_ids=prompt(LONG)))
+        next(call)
+        server.terminate()
+        start = time.monotonic()
+        draining = f'headstart_draining{{instance="{server.admin}"}} == 1'
+        wait_for(lambda: prometheus.query(draining), "draining is scraped")
+        for _ in call:
+            time.sleep(0.02)
+    assert server.wait() == 0, server.log_text()
+    return time.monotonic() - start
+
+
+# ------------------------------------------------------------------------------------------------- shipped expressions
+
+
+@pytest.mark.parametrize("name", [name for name, _ in dashboard_expressions()])
+def test_dashboard_expression_returns_data(observed, name):
+    assert observed.values[name], dict(dashboard_expressions())[name]
+
+
+@pytest.mark.parametrize("record", [rule["record"] for rule in rules() if "record" in rule])
+def test_recorded_series_has_data(observed, record):
+    assert observed.prometheus.query(record)
+
+
+def test_autoscaler_finds_its_number(observed):
+    ((_, value),) = observed.prometheus.query(autoscaler_query())
+    assert value >= 0
+
+
+def selectors(expr):
+    """Series selectors of an expression: names, with their matchers."""
+    return re.findall(r'(?:\w+:)?(?:headstart|process)_\w+(?::\w+)*(?:\{[^}]*\})?|\bup\{[^}]*\}', expr)
+
+
+def alternatives(selector):
+    """The selector once for each alternative of its regular expressions: `a=~"x|y"` gives a="x" and a="y"."""
+    match = re.search(r'=~"([^"]*\|[^"]*)"', selector)
+    if not match or match[1] == "5|5.0":
+        return [selector]
+    return [more for value in match[1].split("|")
+            for more in alternatives(selector.replace(match[0], f'="{value}"', 1))]
+
+
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule.get("alert") or rule["record"])
+def test_every_series_that_a_rule_names_exists(observed, rule):
+    found = selectors(rule["expr"])
+    assert found
+    for selector in found:
+        for one in alternatives(selector):
+            assert observed.prometheus.query(f"last_over_time({one}[10m])"), one
+
+
+def without_thresholds(expr):
+    """An alert's expression without its comparisons: what is compared."""
+    return re.sub(r"\s(?:>|==)\s[\d.]+(?:\s\*\s[\d.]+)?", "", expr.replace(" offset 1d", ""))
+
+
+@pytest.mark.parametrize("alert", [alert for alert in alerts() if alert["alert"] not in ABSENCE],
+                         ids=lambda alert: alert["alert"])
+def test_what_an_alert_compares_has_data(observed, alert):
+    assert observed.prometheus.query(without_thresholds(alert["expr"])), without_thresholds(alert["expr"])
+
+
+# ---------------------------------------------------------------------------------------------- what really happened
+
+
+def test_load_met_everything_that_can_happen_to_a_request(observed):
+    assert {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "CANCELLED", "DEADLINE_EXCEEDED",
+            "RESOURCE_EXHAUSTED"} <= set(observed.codes), observed.codes
+
+
+@pytest.mark.parametrize("code", ["OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"])
+def test_server_counts_what_its_clients_saw(observed, code):
+    counted = sum(value for name, labels, value in parse_metrics(observed.metrics)
+                  if name == "headstart_requests_total" and labels["code"] == code)
+    assert counted == observed.codes[code]
+
+
+def test_nothing_leaks(observed):
+    values = {name: value for name, _, value in parse_metrics(observed.metrics)}
+    assert values["headstart_tickets_acquired_total"] == values["headstart_tickets_released_total"] > 0
+    assert values["headstart_kv_pool_blocks_acquired_total"] == values["headstart_kv_pool_blocks_released_total"] > 0
+    assert values["headstart_inflight_tokens"] == 0
+
+
+def test_parts_of_the_time_to_first_token_add_up(observed):
+    sums = {name: value for name, _, value in parse_metrics(observed.metrics) if name.endswith("_seconds_sum")}
+    # Queue time is counted for requests that fail later too, so the parts are compared without it.
+    computed = sum(sums[f"headstart_{part}_seconds_sum"] for part in ("selection", "attention", "other_compute"))
+    assert computed == pytest.approx(sums["headstart_compute_seconds_sum"], rel=1e-3)
+    assert computed + sums["headstart_exposed_transfer_seconds_sum"] <= sums["headstart_time_to_first_token_seconds_sum"]
+
+
+def test_metrics_follow_prometheus_conventions(observed):
+    assert run_promtool("check", "metrics", stdin=observed.metrics) == ""
+
+
+def test_a_drained_server_is_seen_as_down(observed):
+    down = wait_for(lambda: observed.prometheus.query('up{job="headstart"} == 0'), "up == 0")
+    assert [labels["instance"] for labels, _ in down] == [observed.leaving.admin]
+    assert not observed.prometheus.query('absent(up{job="headstart"} == 1)')
+    print(f"drained in {observed.drain_seconds:.2f} s")
+
+
+# -------------------------------------------------------------------------------------------------------- cardinality
+
+
+def number_of_series(server):
+    return len(parse_metrics(server.metrics()))
+
+
+def attack_with_names(target, count):
+    """Calls with a model name, request id, user agent and trace of their own."""
+    request_ids = (f"id-{index}" for index in range(count))
+    with grpc.insecure_channel(target) as channel:
+        for begin in range(0, count, 100):
+            calls = [raw_call(channel, pb.PrefillRequest(model=f"model-{index}", request_id=next(request_ids),
+                                                         token_ids=[1]),
+                              metadata=[("x-request-id", f"trace-{index}"), ("user-agent", f"agent-{index}")])
+                     for index in range(begin, min(begin + 100, count))]
+            assert {call.code() for call in calls} == {grpc.StatusCode.NOT_FOUND}
+
+
+def attack_with_peers(target, count):
+    """Connections from addresses of their own, each with an HTTP/2 preface."""
+    host, port = target.split(":")
+    for index in range(count):
+        with socket.socket() as connection:
+            connection.bind((f"127.1.{index // 250}.{1 + index % 250}", 0))
+            connection.connect((host, int(port)))
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
+
+
+def test_clients_cannot_add_series(model, tmp_path):
+    with Server(model, tmp_path) as server:
+        before = number_of_series(server)
+        attack_with_names(server.target, 10_000)
+        attack_with_peers(server.target, 10_000)
+        assert server.value("headstart_requests_total", code="NOT_FOUND") == 10_000
+        assert server.value("headstart_connections_accepted_total") >= 10_000
+        assert number_of_series(server) == before
+        print(f"{before} series before and after")
+        assert before < 1000
+        assert get(f"http://{server.admin}/healthz")[0] == 200
