@@ -95,17 +95,14 @@ class AttentionTest
   // Runs SelectBlocks and returns what it kept.
   BlockSelection Select(const DeviceMatrix& q, const DeviceKv& kv, const ProxyAttnOptions& options,
                         bool ends_prompt) {
-    const std::vector<float> zeros(heads().num_heads);
-    auto budget_ratio = backend_->Allocate(heads().num_heads * int64_t{sizeof(float)});
-    EXPECT_OK(budget_ratio);
-    EXPECT_OK(backend_->Upload(zeros.data(), budget_ratio->bytes(), budget_ratio->data()));
+    const Buffer budget_ratio = PutFloats(*backend_, std::vector<float>(heads().num_heads));
     SelectArgs args;
     args.q = q.view;
     args.first_position = shape().first_position;
     args.kv = kv.view;
     args.ends_prompt = ends_prompt;
     args.options = &options;
-    args.budget_ratio = static_cast<float*>(budget_ratio->data());
+    args.budget_ratio = static_cast<float*>(budget_ratio.data());
     backend_->ResetStats(1);
     EXPECT_OK(backend_->SelectBlocks(args));
     auto selection = backend_->ReadSelection();

@@ -24,13 +24,13 @@ void PrintTo(const LinearShape& shape, std::ostream* os) { *os << NameOf(shape);
 
 std::vector<LinearShape> Shapes() {
   return {
-      {1, 64, {64}, false},      // one token
-      {1, 576, {49152}, false},  // logits of the last token
-      {7, 576, {576}, false},    // attention's output
-      {129, 576, {576, 192, 192}, false},
-      {33, 896, {896, 128, 128}, true},  // Qwen2: biases
-      {64, 576, {1536, 1536}, false},    // gate and up
-      {17, 1536, {576}, false},
+      {1, 64, {64}, false},     // one token
+      {1, 576, {8192}, false},  // logits of the last token
+      {7, 576, {576}, false},   // attention's output
+      {129, 576, {192, 64, 64}, false},
+      {33, 896, {256, 128, 128}, true},  // Qwen2: biases
+      {20, 576, {512, 512}, false},      // gate and up
+      {17, 1536, {192}, false},
       {3, 96, {48, 16, 16}, true},
   };
 }
