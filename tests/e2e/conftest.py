@@ -1,0 +1,96 @@
+"""Fixtures: the real `headstart serve` on the CPU, and models."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from headstart import PrefillClient
+
+CACHE = pathlib.Path(os.environ.get("HEADSTART_CACHE", pathlib.Path.home() / ".cache/headstart"))
+
+
+def program(name):
+    """A program of the build under test."""
+    return pathlib.Path(os.environ["HEADSTART_BIN_DIR"]) / name
+
+
+class Server:
+    """A running `headstart serve` on free ports of the loopback interface."""
+
+    def __init__(self, model_dir, scratch, flags):
+        self.log = scratch / "server.log"
+        self._port_file = scratch / "ports.json"
+        command = [
+            program("headstart"), "serve", "--model", model_dir, "--device", "cpu", "--threads", "2",
+            "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--port-file", self._port_file, *flags,
+        ]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def wait_until_ready(self, timeout_s=120.0):
+        end = time.monotonic() + timeout_s
+        while not self._is_ready():
+            assert self.process.poll() is None, f"the server ended: {self.log.read_text()}"
+            assert time.monotonic() < end, f"the server is not ready: {self.log.read_text()}"
+            time.sleep(0.02)
+        return self
+
+    def _is_ready(self):
+        if not self._port_file.exists():
+            return False
+        self.ports = json.loads(self._port_file.read_text())
+        try:
+            return urllib.request.urlopen(self.admin_url + "/readyz", timeout=5).status == 200
+        except urllib.error.HTTPError:
+            return False
+
+    @property
+    def target(self):
+        return f"127.0.0.1:{self.ports['port']}"
+
+    @property
+    def admin_url(self):
+        return f"http://127.0.0.1:{self.ports['admin_port']}"
+
+    def client(self, **options):
+        return PrefillClient(self.target, **options)
+
+    def stop(self):
+        """Drains; the exit code must be 0."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(60) == 0, self.log.read_text()
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def serve(tmp_path_factory):
+    """serve(model_dir, *flags) is a context manager that yields a Server which is ready."""
+
+    @contextlib.contextmanager
+    def run(model_dir, *flags):
+        server = Server(model_dir, tmp_path_factory.mktemp("server"), flags)
+        try:
+            yield server.wait_until_ready()
+            server.stop()
+        finally:
+            server.kill()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The directory that deploy/models/fetch_smollm2.sh makes."""
+    path = CACHE / "models/SmolLM2-135M-Instruct"
+    assert path.is_dir(), f"{path} is missing: run deploy/models/fetch_smollm2.sh"
+    return path

@@ -1,0 +1,181 @@
+"""transformers + torch as the decode node of a real server: KV, first token and text, against transformers alone."""
+
+import numpy as np
+import pytest
+import torch
+from headstart import Attention
+from tiny_models import CONFIGS, save_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# One token, less than a block, a block, a ragged block more, several, ragged.
+LENGTHS = (1, 77, 128, 300, 1000)
+
+# f32: greatest and mean difference of a KV element, relative to the root mean square of its layer's K or V.
+F32_WORST, F32_MEAN, F32_LOGPROB = 2e-4, 5e-6, 1e-4
+# bf16: how far from the truth (transformers in f32, the same weights) the server may be, measured in how far transformers in
+# bf16 is. Every rounding to bf16 is 0.2 % on average, and a layer has some dozen; what they add up to depends on the model.
+BF16_WORST, BF16_MEAN = 1.5, 1.0
+
+
+def random_prompt(vocab_size, length):
+    return np.random.default_rng(length).integers(0, vocab_size, length).tolist()
+
+
+@torch.inference_mode()
+def transformers_prefill(model, prompt):
+    """KV as [layers][2][kv_heads][tokens][head_dim] in float32, and the logarithms of the first token's probabilities."""
+    output = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
+    layers = [torch.stack((layer.keys[0], layer.values[0])) for layer in output.past_key_values.layers]
+    return torch.stack(layers).float().numpy(), output.logits[0, -1].float().log_softmax(-1).numpy()
+
+
+def kv_error(got, wanted):
+    """Greatest and mean difference, relative to the root mean square of the layer's K or V, and where the greatest is."""
+    assert got.shape == wanted.shape
+    scale = np.sqrt((wanted.astype(np.float64) ** 2).mean(axis=(2, 3, 4), keepdims=True))
+    error = np.abs(got - wanted) / scale
+    worst = np.unravel_index(error.argmax(), error.shape)
+    place = dict(zip(("layer", "k_or_v", "head", "token", "element"), map(int, worst)))
+    return error.max(), error.mean(), f"at {place}: got {got[worst]}, wanted {wanted[worst]}"
+
+
+def assert_f32_kv_close(got, wanted):
+    worst, mean, place = kv_error(got, wanted)
+    assert worst < F32_WORST, f"{worst:.3g} {place}"
+    assert mean < F32_MEAN, f"mean {mean:.3g}"
+
+
+def assert_bf16_kv_close(got, bf16, truth):
+    worst, mean, place = kv_error(got, truth)
+    worst_of_torch, mean_of_torch, _ = kv_error(bf16, truth)
+    assert worst < BF16_WORST * worst_of_torch, f"{worst:.3g}, transformers {worst_of_torch:.3g}, {place}"
+    assert mean < BF16_MEAN * mean_of_torch, f"mean {mean:.3g}, transformers {mean_of_torch:.3g}"
+
+
+def generate(model, prompt, max_new_tokens, cache=None):
+    output = model.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), past_key_values=cache,
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def assert_first_token(result, logprobs, tolerance):
+    """The best token, or one that is as good within the tolerance, with its probability."""
+    logprob = logprobs[result.first_token_id]
+    assert abs(result.first_token_logprob - logprob) < tolerance
+    assert logprobs.max() - logprob < tolerance
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_f32_equals_transformers(serve, tmp_path, name):
+    path = save_tiny_model(name, tmp_path / name, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with serve(path, "--dtype", "f32") as server, server.client() as client:
+        for length in LENGTHS:
+            prompt = random_prompt(model.config.vocab_size, length)
+            result = client.prefill(prompt, attention="exact")
+            kv, logprobs = transformers_prefill(model, prompt)
+            assert_f32_kv_close(result.kv, kv)
+            assert_first_token(result, logprobs, F32_LOGPROB)
+            assert set(result.layer_density) == {1.0}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bf16_is_as_close_to_the_truth_as_transformers_in_bf16(serve, tmp_path, name):
+    path = save_tiny_model(name, tmp_path / name, torch.bfloat16)
+    model, truth = (AutoModelForCausalLM.from_pretrained(path, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    with serve(path, "--dtype", "bf16") as server, server.client() as client:
+        for length in LENGTHS:
+            prompt = random_prompt(model.config.vocab_size, length)
+            result = client.prefill(prompt, attention="exact")
+            assert result.kv_dtype == "bf16"
+            assert_bf16_kv_close(result.kv_float32(), *(transformers_prefill(m, prompt)[0] for m in (model, truth)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_continues_from_the_kv_as_from_its_own(serve, tmp_path, name):
+    path = save_tiny_model(name, tmp_path / name, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with serve(path, "--dtype", "f32") as server, server.client() as client:
+        for length in LENGTHS:
+            prompt = random_prompt(model.config.vocab_size, length)
+            cache, result = client.prefill_to_cache(prompt, attention="exact")
+            assert cache.get_seq_length() == length
+            first = result.first_token_id
+            assert [first, *generate(model, [*prompt, first], 23, cache)] == generate(model, prompt, 24)
+
+
+def test_a_prompt_of_several_prefill_chunks_gives_the_same_kv(serve, tmp_path):
+    path = save_tiny_model("qwen3", tmp_path / "qwen3", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    prompt = random_prompt(model.config.vocab_size, 1000)
+    with serve(path, "--dtype", "f32", "--prefill-chunk-tokens", "256") as server, server.client() as client:
+        result = client.prefill(prompt, attention="exact")
+    assert result.num_chunks >= 4 * model.config.num_hidden_layers
+    assert_f32_kv_close(result.kv, transformers_prefill(model, prompt)[0])
+
+
+def test_proxy_attention_with_full_budget_is_dense(serve, tmp_path):
+    path = save_tiny_model("llama31", tmp_path / "llama31", torch.float32)
+    prompt = random_prompt(512, 1000)
+    everything = Attention(preset="balanced", floor_tokens=1 << 20, dense_below_tokens=0)
+    # No fallback to the dense kernel: the sparse one runs over all blocks.
+    with serve(path, "--dtype", "f32", "--dense-above-density", "1") as server, server.client() as client:
+        sparse = client.prefill(prompt, attention=everything)
+        dense = client.prefill(prompt, attention="exact")
+    assert sparse.manifest.attention.algorithm != dense.manifest.attention.algorithm
+    assert sparse.statistics.dense_fallbacks == 0
+    assert set(sparse.layer_density) == {1.0}
+    np.testing.assert_array_equal(sparse.kv, dense.kv)
+    assert sparse.first_token_id == dense.first_token_id
+
+
+def test_proxy_attention_leaves_blocks_out_and_says_so(serve, tmp_path):
+    path = save_tiny_model("llama31", tmp_path / "llama31", torch.float32)
+    options = Attention(preset="balanced", gamma=0.05, floor_tokens=128, dense_tail_blocks=0, dense_below_tokens=0)
+    with serve(path, "--dtype", "f32") as server, server.client() as client:
+        result = client.prefill(random_prompt(512, 2000), attention=options)
+    assert max(result.layer_density) < 0.6
+    assert 0 < result.statistics.executed_blocks < 0.6 * result.statistics.causal_blocks
+
+
+# ---------------------------------------------------------------------------------------------- the real model
+
+QUESTIONS = ("What is the capital of France?", "Name three primary colors.", "How many legs does a spider have?")
+
+
+@pytest.fixture(scope="module")
+def smollm2_tokenizer(smollm2):
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+def chat_prompt(tokenizer, question):
+    chat = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def test_smollm2_text_equals_transformers_alone(serve, smollm2, smollm2_tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    with serve(smollm2, "--dtype", "f32") as server, server.client() as client:
+        for question in QUESTIONS:
+            prompt = chat_prompt(smollm2_tokenizer, question)
+            cache, result = client.prefill_to_cache(prompt, attention="exact")
+            first = result.first_token_id
+            text = smollm2_tokenizer.decode([first, *generate(model, [*prompt, first], 31, cache)])
+            assert text == smollm2_tokenizer.decode(generate(model, prompt, 32))
+
+
+def test_smollm2_kv_equals_transformers(serve, smollm2, smollm2_tokenizer):
+    prompt = smollm2_tokenizer(open("/usr/share/common-licenses/GPL-3").read()).input_ids[:1000]
+    kv = {}
+    for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
+        model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype)
+        kv[name], logprobs = transformers_prefill(model, prompt)
+        with serve(smollm2, "--dtype", name) as server, server.client() as client:
+            result = client.prefill(prompt, attention="exact")
+        if name == "f32":
+            assert_f32_kv_close(result.kv, kv["f32"])
+            assert_first_token(result, logprobs, F32_LOGPROB)
+        else:
+            assert_bf16_kv_close(result.kv_float32(), kv["bf16"], kv["f32"])
