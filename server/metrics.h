@@ -36,6 +36,7 @@ struct ModelFacts {
 // State that is looked at when /metrics is asked for.
 struct MetricsSnapshot {
   Load load;
+  AdmissionLimits limits;
   bool ready = false;
   bool draining = false;
   int64_t layers_done = 0;

@@ -85,6 +85,8 @@ std::vector<MetricFamily> SampleServer(const std::string& model, const MetricsSn
       of_model(metric::kQueueTokens, s.load.queued_tokens),
       of_model(metric::kRunningRequests, s.load.inflight_requests - s.load.queued_requests),
       of_model(metric::kInflightTokens, s.load.inflight_tokens),
+      of_model(metric::kQueueLimitRequests, s.limits.max_requests),
+      of_model(metric::kQueueLimitTokens, s.limits.max_tokens),
       of_model(metric::kTicketsAcquired, s.load.acquired),
       of_model(metric::kTicketsReleased, s.load.released),
       Family(metric::kKvPoolBlocks, {{{{"state", "free"}}, static_cast<double>(s.pool_free)},

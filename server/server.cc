@@ -271,6 +271,7 @@ AdminHandlers Server::MakeAdminHandlers() {
 MetricsSnapshot Server::Snapshot() {
   MetricsSnapshot s;
   s.load = admission_.load();
+  s.limits = options_.admission;
   if (const ServedModel* model = context_.model.load(); model != nullptr) {
     const BlockPool& pool = model->engine->block_pool();
     s.layers_done = model->engine->layers_done();
