@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -117,9 +118,8 @@ def parse_metrics(text):
     for line in text.splitlines():
         if line and not line.startswith("#"):
             series, value = line.rsplit(" ", 1)
-            name, _, rest = series.partition("{")
-            labels = dict(part.split("=", 1) for part in rest.rstrip("}").split(",") if part)
-            samples.append((name, {key: text.strip('"') for key, text in labels.items()}, float(value)))
+            name, _, labels = series.partition("{")
+            samples.append((name, dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)))
     return samples
 
 

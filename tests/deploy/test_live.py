@@ -10,6 +10,7 @@ from headstart.v1 import prefill_pb2 as pb
 
 from live import Prometheus, Server, get, parse_metrics, wait_for
 from load import LONG, Load, prompt, raw_call
+from manifests import REPO
 from promql import alerts, autoscaler_query, dashboard_expressions, rules, run_promtool, substitute
 from tiny_model import write_tiny_model
 
@@ -122,11 +123,12 @@ def test_load_met_everything_that_can_happen_to_a_request(observed):
             "RESOURCE_EXHAUSTED"} <= set(observed.codes), observed.codes
 
 
-@pytest.mark.parametrize("code", ["OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"])
-def test_server_counts_what_its_clients_saw(observed, code):
+@pytest.mark.parametrize("code, reason", [("OK", "NONE"), ("INVALID_ARGUMENT", "INVALID_FIELD"),
+                                          ("NOT_FOUND", "UNKNOWN_MODEL")])
+def test_server_counts_what_its_clients_saw(observed, code, reason):
     counted = sum(value for name, labels, value in parse_metrics(observed.metrics)
-                  if name == "headstart_requests_total" and labels["code"] == code)
-    assert counted == observed.codes[code]
+                  if name == "headstart_requests_total" and labels["reason"] == reason)
+    assert counted == observed.codes[code], observed.codes
 
 
 def test_nothing_leaks(observed):
@@ -146,6 +148,12 @@ def test_parts_of_the_time_to_first_token_add_up(observed):
 
 def test_metrics_follow_prometheus_conventions(observed):
     assert run_promtool("check", "metrics", stdin=observed.metrics) == ""
+
+
+def test_server_shows_the_metrics_of_its_table_and_no_others(observed):
+    table = re.findall(r'"((?:headstart|process)_\w+)"', (REPO / "server/metric_table.h").read_text())
+    shown = re.findall(r"^# TYPE (\w+) ", observed.metrics, flags=re.MULTILINE)
+    assert sorted(shown) == sorted(table)
 
 
 def test_a_drained_server_is_seen_as_down(observed):
@@ -182,6 +190,7 @@ def attack_with_peers(target, count):
             connection.bind((f"127.1.{index // 250}.{1 + index % 250}", 0))
             connection.connect((host, int(port)))
             connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
+            assert connection.recv(1), "the server greets"
 
 
 def test_clients_cannot_add_series(model, tmp_path):
