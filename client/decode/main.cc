@@ -10,6 +10,7 @@
 #include "CLI/CLI.hpp"
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "client/command_flags.h"
 #include "client/decode/decode_node.h"
 #include "client/request_report.h"
@@ -24,7 +25,7 @@ struct Flags {
   AttentionFlags attention;
   std::string tokens_file = "-";
   std::string json_file;
-  bool report = false;
+  std::string report_file;
 };
 
 const std::map<std::string, ComputeDType>& DTypes() {
@@ -55,7 +56,7 @@ void AddFlags(CLI::App& app, Flags* flags) {
       ->check(CLI::IsMember(DTypes()));
   AddAttentionFlags(app, /*with_preset=*/true, &flags->attention);
   app.add_option("--json", flags->json_file, "Write the statistics to this file");
-  app.add_flag("--report", flags->report, "Print them to standard error, for people");
+  app.add_option("--report", flags->report_file, "Write them to this file as a table for people");
 }
 
 double TokensPerSecond(const DecodeNodeResult& result) {
@@ -64,7 +65,7 @@ double TokensPerSecond(const DecodeNodeResult& result) {
   return result.decode_seconds > 0 && steps > 0 ? steps / result.decode_seconds : 0.0;
 }
 
-absl::Status WriteJson(const std::string& path, const DecodeNodeResult& result) {
+std::string FormatJson(const DecodeNodeResult& result) {
   nlohmann::json json = ReportJson(result.prefill);
   json["decode"] = {{"tokens", result.tokens},
                     {"stop", result.stop},
@@ -72,8 +73,20 @@ absl::Status WriteJson(const std::string& path, const DecodeNodeResult& result) 
                     {"import_seconds", result.import_seconds},
                     {"decode_seconds", result.decode_seconds},
                     {"tokens_per_second", TokensPerSecond(result)}};
+  return json.dump(2) + "\n";
+}
+
+std::string FormatTable(const DecodeNodeResult& result) {
+  return FormatReport(result.prefill) +
+         absl::StrFormat("decoded  %d tokens, %.1f tokens/s, stopped by %s\n", result.tokens.size(),
+                         TokensPerSecond(result), result.stop);
+}
+
+// No path, no file.
+absl::Status WriteText(const std::string& path, const std::string& text) {
+  if (path.empty()) return absl::OkStatus();
   std::ofstream file(path, std::ios::trunc);
-  file << json.dump(2) << "\n";
+  file << text;
   file.close();
   return file ? absl::OkStatus() : absl::InternalError(absl::StrCat("can't write ", path));
 }
@@ -96,12 +109,9 @@ absl::Status Run(Flags& flags) {
   absl::StatusOr<DecodeNodeResult> result = RunDecodeNode(flags.node, print, std::move(receive));
   progress.Clear();
   if (!result.ok()) return result.status();
-  if (flags.report) {
-    std::fputs(FormatReport(result->prefill).c_str(), stderr);
-    std::fprintf(stderr, "decoded  %zu tokens, %.1f tokens/s, stopped by %s\n",
-                 result->tokens.size(), TokensPerSecond(*result), result->stop.c_str());
-  }
-  return flags.json_file.empty() ? absl::OkStatus() : WriteJson(flags.json_file, *result);
+  absl::Status status = WriteText(flags.report_file, FormatTable(*result));
+  status.Update(WriteText(flags.json_file, FormatJson(*result)));
+  return status;
 }
 
 }  // namespace
