@@ -70,41 +70,49 @@ void RankRow(int64_t m, const SelectionShape& shape, const float* scores, int32_
 
 }  // namespace
 
+absl::Status BlockSelector::Pool(const SelectArgs& args, ProxyScoreParams& params,
+                                 cudaStream_t stream) {
+  const HeadShape& heads = args.kv.shape;
+  const int64_t num_keys = params.first_sample + params.num_q;
+  const int64_t k_bytes = params.num_key_heads * num_keys * heads.head_dim * 2;
+  HEADSTART_ASSIGN_OR_RETURN(void* const k, pooled_keys_.Reserve(k_bytes));
+  params.k = k;
+  HEADSTART_RETURN_IF_ERROR(ToStatus(LaunchPoolKeys({args.kv, args.first_position + args.q.rows,
+                                                     params.num_key_heads, params.stride, k},
+                                                    stream),
+                                     "pooling keys"));
+  if (params.num_proxies == heads.num_heads) {  // nothing to average: read in place
+    params.q = args.q.data;
+    params.q_head_stride = heads.head_dim;
+    params.q_row_stride = params.stride * args.q.row_stride;
+    return absl::OkStatus();
+  }
+  params.q_head_stride = params.num_q * heads.head_dim;
+  params.q_row_stride = heads.head_dim;
+  HEADSTART_ASSIGN_OR_RETURN(
+      void* const q, pooled_queries_.Reserve(params.num_proxies * params.q_head_stride * 2));
+  params.q = q;
+  return ToStatus(LaunchPoolQueries({args.q.data, args.q.rows, args.q.row_stride, heads,
+                                     params.num_proxies, params.stride, q},
+                                    stream),
+                  "pooling queries");
+}
+
 absl::Status BlockSelector::Score(const SelectArgs& args, uint32_t* tile_counter,
                                   cudaStream_t stream) {
   const ProxyAttnOptions& options = *args.options;
-  const HeadShape& heads = args.kv.shape;
-  const int64_t num_tokens = args.first_position + args.q.rows;
-  const int64_t num_q = (args.q.rows + options.stride - 1) / options.stride;
-  const int64_t first_sample = args.first_position / options.stride;
-  const int32_t key_heads = std::min(options.num_proxies, heads.num_kv_heads);
-  const int64_t q_elements = options.num_proxies * num_q * heads.head_dim;
-  const int64_t k_elements = key_heads * (first_sample + num_q) * heads.head_dim;
-  const ProxyScoreScratch plan =
-      PlanProxyScore(num_q, first_sample, options.num_proxies, options.stride);
-  HEADSTART_ASSIGN_OR_RETURN(void* const pooled_q, pooled_.Reserve((q_elements + k_elements) * 2));
-  HEADSTART_ASSIGN_OR_RETURN(void* const maxima, maxima_.Reserve(plan.maxima_bytes));
-  HEADSTART_ASSIGN_OR_RETURN(void* const sums, sums_.Reserve(plan.sums_bytes));
-  void* const pooled_k = static_cast<char*>(pooled_q) + q_elements * 2;
-  HEADSTART_RETURN_IF_ERROR(
-      ToStatus(LaunchPoolQueries({args.q.data, args.q.rows, args.q.row_stride, heads,
-                                  options.num_proxies, options.stride, pooled_q},
-                                 stream),
-               "pooling queries"));
-  HEADSTART_RETURN_IF_ERROR(
-      ToStatus(LaunchPoolKeys({args.kv, num_tokens, key_heads, options.stride, pooled_k}, stream),
-               "pooling keys"));
   ProxyScoreParams params{};
-  params.q = pooled_q;
-  params.k = pooled_k;
-  params.num_q = num_q;
-  params.first_sample = first_sample;
+  params.num_q = (args.q.rows + options.stride - 1) / options.stride;
+  params.first_sample = args.first_position / options.stride;
   params.num_proxies = options.num_proxies;
-  params.num_key_heads = key_heads;
-  params.head_dim = heads.head_dim;
+  params.num_key_heads = std::min(options.num_proxies, args.kv.shape.num_kv_heads);
+  params.head_dim = args.kv.shape.head_dim;
   params.stride = options.stride;
-  params.row_maxima = maxima;
-  params.row_sums = sums;
+  HEADSTART_RETURN_IF_ERROR(Pool(args, params, stream));
+  const ProxyScoreScratch plan =
+      PlanProxyScore(params.num_q, params.first_sample, options.num_proxies, options.stride);
+  HEADSTART_ASSIGN_OR_RETURN(params.row_maxima, maxima_.Reserve(plan.maxima_bytes));
+  HEADSTART_ASSIGN_OR_RETURN(params.row_sums, sums_.Reserve(plan.sums_bytes));
   params.scores = scores_;
   params.score_stride = shape_.score_stride;
   params.tile_counter = tile_counter;

@@ -30,11 +30,14 @@ class BlockSelector {
   absl::StatusOr<BlockSelection> Read(cudaStream_t stream) const;
 
  private:
+  // Sets params.q and params.k.
+  absl::Status Pool(const SelectArgs& args, ProxyScoreParams& params, cudaStream_t stream);
   absl::Status Score(const SelectArgs& args, uint32_t* tile_counter, cudaStream_t stream);
   absl::Status Budget(const SelectArgs& args, cudaStream_t stream);
 
   const int num_sms_;
-  DeviceScratch pooled_, maxima_, sums_, scores_memory_, partial_, small_, lists_, counts_memory_;
+  DeviceScratch pooled_queries_, pooled_keys_, maxima_, sums_, scores_memory_, partial_, small_,
+      lists_, counts_memory_;
 
   SelectionShape shape_{};
   bool dense_by_rule_ = false;

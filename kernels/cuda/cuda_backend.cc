@@ -10,12 +10,6 @@
 namespace headstart::cuda {
 namespace {
 
-// Words of device memory that live as long as the backend.
-struct Words {
-  uint32_t tile_counter;  // kernels that take tiles leave it 0
-  uint32_t not_finite;
-};
-
 class CudaRopeTable : public RopeTable {
  public:
   CudaRopeTable(DeviceMemory memory, int64_t half_dim, int64_t max_positions)
@@ -117,29 +111,29 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const BackendOp
   }
   HEADSTART_ASSIGN_OR_RETURN(const cudaDeviceProp properties, FindDevice());
   HEADSTART_ASSIGN_OR_RETURN(Stream stream, MakeStream(/*urgent=*/false));
-  HEADSTART_ASSIGN_OR_RETURN(Stream copy_stream, MakeStream(/*urgent=*/true));
+  HEADSTART_ASSIGN_OR_RETURN(KvStaging kv_staging, KvStaging::Create());
   HEADSTART_ASSIGN_OR_RETURN(HostTransfer transfer, HostTransfer::Create());
   HEADSTART_ASSIGN_OR_RETURN(auto gemm, CublasLtGemm::Create());
-  HEADSTART_ASSIGN_OR_RETURN(DeviceMemory words, AllocateDevice(sizeof(Words)));
+  HEADSTART_ASSIGN_OR_RETURN(DeviceMemory tile_counter, AllocateDevice(sizeof(uint32_t)));
   HEADSTART_RETURN_IF_ERROR(
-      ToStatus(cudaMemset(words.get(), 0, sizeof(Words)), "clearing the tile counter"));
+      ToStatus(cudaMemset(tile_counter.get(), 0, sizeof(uint32_t)), "clearing the tile counter"));
   const std::string device =
       absl::StrCat(properties.name, ", ", properties.multiProcessorCount, " multiprocessors, ",
                    properties.totalGlobalMem >> 20, " MiB, bf16");
   return std::unique_ptr<CudaBackend>(
       new CudaBackend(device, properties.multiProcessorCount,
-                      {std::move(stream), std::move(copy_stream), std::move(transfer),
-                       std::move(gemm), std::move(words)}));
+                      {std::move(stream), std::move(kv_staging), std::move(transfer),
+                       std::move(gemm), std::move(tile_counter)}));
 }
 
 CudaBackend::CudaBackend(std::string device, int num_sms, Resources resources)
     : device_(std::move(device)),
       num_sms_(num_sms),
       stream_(std::move(resources.stream)),
-      copy_stream_(std::move(resources.copy_stream)),
+      kv_staging_(std::move(resources.kv_staging)),
       transfer_(std::move(resources.transfer)),
       gemm_(std::move(resources.gemm)),
-      words_(std::move(resources.words)),
+      tile_counter_(std::move(resources.tile_counter)),
       selector_(num_sms) {}
 
 // ---- memory
@@ -155,6 +149,7 @@ absl::Status CudaBackend::Upload(const void* host, int64_t bytes, void* device) 
   const auto fill = [host](void* target, int64_t offset, int64_t count) {
     std::memcpy(target, static_cast<const char*>(host) + offset, count);
   };
+  kv_staging_.Forget();  // pages may be what is overwritten
   HEADSTART_RETURN_IF_ERROR(transfer_.Upload(fill, bytes, device, stream_.get()));
   return ToStatus(cudaStreamSynchronize(stream_.get()), "uploading");
 }
@@ -173,16 +168,16 @@ absl::Status CudaBackend::UploadAs(const HostTensor& tensor, DType dtype, void* 
   return transfer_.Upload(fill, tensor.rows * tensor.cols * size, device, stream_.get());
 }
 
-absl::StatusOr<DeviceMemory> CudaBackend::UploadParts(absl::Span<const HostTensor> parts) {
+absl::StatusOr<DeviceMemory> CudaBackend::UploadParts(absl::Span<const HostTensor> parts,
+                                                      DType dtype) {
   int64_t elements = 0;
   for (const HostTensor& part : parts) elements += part.rows * part.cols;
   if (elements == 0) return DeviceMemory();
-  HEADSTART_ASSIGN_OR_RETURN(DeviceMemory memory,
-                             AllocateDevice(elements * DTypeBytes(DType::kBF16)));
+  HEADSTART_ASSIGN_OR_RETURN(DeviceMemory memory, AllocateDevice(elements * DTypeBytes(dtype)));
   char* target = static_cast<char*>(memory.get());
   for (const HostTensor& part : parts) {
-    HEADSTART_RETURN_IF_ERROR(UploadAs(part, DType::kBF16, target));
-    target += part.rows * part.cols * DTypeBytes(DType::kBF16);
+    HEADSTART_RETURN_IF_ERROR(UploadAs(part, dtype, target));
+    target += part.rows * part.cols * DTypeBytes(dtype);
   }
   return memory;
 }
@@ -196,10 +191,11 @@ absl::StatusOr<std::unique_ptr<LinearWeight>> CudaBackend::PrepareLinear(
     return absl::InvalidArgumentError(absl::StrCat(
         "a weight with ", in_features, " input features; the CUDA backend takes multiples of 8"));
   }
-  HEADSTART_ASSIGN_OR_RETURN(DeviceMemory weight, UploadParts(parts));
-  HEADSTART_ASSIGN_OR_RETURN(DeviceMemory bias, UploadParts(biases));
-  return std::make_unique<CudaLinearWeight>(in_features, out_features, std::move(weight),
-                                            std::move(bias));
+  CudaLinearWeight::Memory memory;
+  HEADSTART_ASSIGN_OR_RETURN(memory.weight, UploadParts(parts, DType::kBF16));
+  HEADSTART_ASSIGN_OR_RETURN(memory.bias_bf16, UploadParts(biases, DType::kBF16));
+  HEADSTART_ASSIGN_OR_RETURN(memory.bias_f32, UploadParts(biases, DType::kF32));
+  return std::make_unique<CudaLinearWeight>(in_features, out_features, std::move(memory));
 }
 
 absl::StatusOr<Buffer> CudaBackend::PrepareVector(const HostTensor& vector) {
@@ -278,10 +274,6 @@ absl::Status CudaBackend::Linear(const LinearWeight& weight, Matrix in, Matrix o
       CheckMatrix("linear input", in, DType::kBF16, in.rows, weight.in_features()));
   HEADSTART_RETURN_IF_ERROR(CheckMatrix("linear output", out, f32 ? DType::kF32 : DType::kBF16,
                                         in.rows, weight.out_features()));
-  if (f32 && cuda_weight.bias() != nullptr) {
-    return absl::UnimplementedError(
-        "a product with a bias and f32 output; the CUDA backend adds biases in bf16");
-  }
   if (in.rows == 0) return absl::OkStatus();
   return gemm_->Multiply(cuda_weight, in, out, mode, stream_.get());
 }
@@ -315,15 +307,7 @@ absl::Status CudaBackend::RopeAndStoreKv(const RopeArgs& args) {
   params.kv = args.kv;
   HEADSTART_RETURN_IF_ERROR(
       ToStatus(LaunchRopeKvWrite(params, stream_.get()), "RoPE and KV write"));
-  return MarkWritten(args.kv.pages);
-}
-
-absl::Status CudaBackend::MarkWritten(const void* pages) {
-  Event& event = written_[pages];
-  if (event == nullptr) {
-    HEADSTART_ASSIGN_OR_RETURN(event, MakeEvent(/*timed=*/false));
-  }
-  return ToStatus(cudaEventRecord(event.get(), stream_.get()), "marking KV as written");
+  return kv_staging_.Start(args.kv, args.first_position, args.qkv.rows, stream_.get());
 }
 
 absl::Status CudaBackend::CheckLayer(int32_t layer) const {
@@ -343,8 +327,8 @@ absl::Status CudaBackend::SelectBlocks(const SelectArgs& args) {
                      ": at least one, from a multiple of ", kBlockTokens));
   }
   HEADSTART_RETURN_IF_ERROR(selection_timer_.Begin(stream_.get()));
-  auto* const words = static_cast<Words*>(words_.get());
-  HEADSTART_RETURN_IF_ERROR(selector_.Select(args, &words->tile_counter, stream_.get()));
+  HEADSTART_RETURN_IF_ERROR(
+      selector_.Select(args, static_cast<uint32_t*>(tile_counter_.get()), stream_.get()));
   return selection_timer_.End(stream_.get());
 }
 
@@ -361,7 +345,6 @@ absl::Status CudaBackend::Attention(const AttentionArgs& args) {
                                                    " does not match the last selection"));
   }
   if (args.q.rows == 0) return absl::OkStatus();
-  auto* const words = static_cast<Words*>(words_.get());
   AttentionParams params{};
   params.q = args.q.data;
   params.out = args.out.data;
@@ -371,7 +354,7 @@ absl::Status CudaBackend::Attention(const AttentionArgs& args) {
   params.first_position = args.first_position;
   params.kv = args.kv;
   if (args.selected) params.kept = selector_.kept();
-  params.tile_counter = &words->tile_counter;
+  params.tile_counter = static_cast<uint32_t*>(tile_counter_.get());
   params.num_sms = num_sms_;
   HEADSTART_RETURN_IF_ERROR(attention_timer_.Begin(stream_.get()));
   HEADSTART_RETURN_IF_ERROR(ToStatus(LaunchAttention(params, stream_.get()), "attention"));
@@ -424,26 +407,12 @@ absl::Status CudaBackend::ReadKv(const KvPages& kv, int64_t token_begin, int64_t
                                                    token_begin, " into ", given_bytes, " bytes"));
   }
   if (token_count == 0) return absl::OkStatus();
-  const cudaStream_t stream = copy_stream_.get();
-  const auto written = written_.find(kv.pages);
-  if (written == written_.end())
-    HEADSTART_RETURN_IF_ERROR(MarkWritten(kv.pages));  // written by Upload
-  HEADSTART_RETURN_IF_ERROR(
-      ToStatus(cudaStreamWaitEvent(stream, written_[kv.pages].get(), cudaEventWaitDefault),
-               "waiting for KV"));
-  HEADSTART_ASSIGN_OR_RETURN(void* const staging, kv_staging_.Reserve(bytes));
-  auto* const words = static_cast<Words*>(words_.get());
-  HEADSTART_RETURN_IF_ERROR(
-      ToStatus(cudaMemsetAsync(&words->not_finite, 0, sizeof(uint32_t), stream),
-               "clearing the finite check"));
-  HEADSTART_RETURN_IF_ERROR(
-      ToStatus(LaunchKvGather({kv, token_begin, token_count, staging, &words->not_finite}, stream),
-               "gathering KV"));
-  HEADSTART_RETURN_IF_ERROR(transfer_.Download(staging, bytes, out.data(), stream));
-  uint32_t not_finite = 0;
-  HEADSTART_RETURN_IF_ERROR(
-      transfer_.Download(&words->not_finite, sizeof(not_finite), &not_finite, stream));
-  if (not_finite == 0) return absl::OkStatus();
+  if (!kv_staging_.Holds(kv, token_begin, token_count)) {
+    HEADSTART_RETURN_IF_ERROR(kv_staging_.Start(kv, token_begin, token_count, stream_.get()));
+  }
+  HEADSTART_ASSIGN_OR_RETURN(const bool finite,
+                             kv_staging_.Read(token_begin, token_count, out.data()));
+  if (finite) return absl::OkStatus();
   return NonFiniteError(absl::StrCat("KV of tokens ", token_begin, " to ",
                                      token_begin + token_count, " is not finite"));
 }

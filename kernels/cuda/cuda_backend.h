@@ -7,7 +7,6 @@
 #include <string>
 #include <vector>
 
-#include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
 #include "kernels/cuda/block_selector.h"
@@ -15,6 +14,7 @@
 #include "kernels/cuda/event_timer.h"
 #include "kernels/cuda/gemm_cublaslt.h"
 #include "kernels/cuda/host_transfer.h"
+#include "kernels/cuda/kv_staging.h"
 
 namespace headstart::cuda {
 
@@ -58,10 +58,11 @@ class CudaBackend : public Backend {
 
  private:
   struct Resources {
-    Stream stream, copy_stream;
+    Stream stream;
+    KvStaging kv_staging;
     HostTransfer transfer;
     std::unique_ptr<CublasLtGemm> gemm;
-    DeviceMemory words;
+    DeviceMemory tile_counter;
   };
   CudaBackend(std::string device, int num_sms, Resources resources);
 
@@ -69,24 +70,21 @@ class CudaBackend : public Backend {
   absl::Status CheckLayer(int32_t layer) const;
   // Uploads `tensor` as `dtype` to device memory.
   absl::Status UploadAs(const HostTensor& tensor, DType dtype, void* device);
-  // Concatenates parts as bf16. Null for no parts.
-  absl::StatusOr<DeviceMemory> UploadParts(absl::Span<const HostTensor> parts);
-  // Notes the point on the stream where the KV of `pages` is written.
-  absl::Status MarkWritten(const void* pages);
+  // Concatenates parts. Null for no parts.
+  absl::StatusOr<DeviceMemory> UploadParts(absl::Span<const HostTensor> parts, DType dtype);
   // Adds what an Attention call executed to its layer's statistics.
   absl::Status CountBlocks(const AttentionArgs& args);
 
   const std::string device_;
   const int num_sms_;
-  Stream stream_, copy_stream_;
+  Stream stream_;
+  KvStaging kv_staging_;
   HostTransfer transfer_;
   std::unique_ptr<CublasLtGemm> gemm_;
-  DeviceMemory words_;
+  DeviceMemory tile_counter_;  // one word; kernels that take tiles leave it 0
   BlockSelector selector_;
-  DeviceScratch ids_, kv_staging_, selected_totals_;
+  DeviceScratch ids_, selected_totals_;
   EventTimer selection_timer_, attention_timer_;
-  absl::flat_hash_map<const void*, Event>
-      written_;  // by KvPages::pages: when its last token was written
   std::vector<LayerStats>
       dense_stats_;              // of attention without a selection; the rest is on the device
   bool totals_cleared_ = false;  // selected_totals_, since ResetStats

@@ -64,11 +64,11 @@ struct CublasLtGemm::Problem {
         ToStatus(cublasLtMatmulDescCreate(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F), "descriptor"));
     problem.desc.reset(desc);
     HEADSTART_RETURN_IF_ERROR(SetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T));
-    if (weight.bias() != nullptr) {
+    const void* const bias = weight.bias(out.dtype);
+    if (bias != nullptr) {
       HEADSTART_RETURN_IF_ERROR(
           SetAttribute(desc, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS));
-      HEADSTART_RETURN_IF_ERROR(
-          SetAttribute(desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, weight.bias()));
+      HEADSTART_RETURN_IF_ERROR(SetAttribute(desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias));
     }
     const int64_t m = weight.out_features(), n = in.rows, k = weight.in_features();
     HEADSTART_ASSIGN_OR_RETURN(problem.weight_layout, MakeLayout(CUDA_R_16BF, k, m, k));
@@ -180,9 +180,10 @@ absl::Status CublasLtGemm::Multiply(const CudaLinearWeight& weight, const Matrix
                                     const Matrix& out, LinearOutput mode, cudaStream_t stream) {
   HEADSTART_ASSIGN_OR_RETURN(const Problem problem, Problem::Make(weight, in, out, mode));
   const auto rounded_rows = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(in.rows)));
-  const Key key{
-      weight.out_features(),  weight.in_features(),     rounded_rows,  static_cast<int>(out.dtype),
-      static_cast<int>(mode), weight.bias() != nullptr, in.row_stride, out.row_stride};
+  const Key key{weight.out_features(),  weight.in_features(),
+                rounded_rows,           static_cast<int>(out.dtype),
+                static_cast<int>(mode), weight.bias(out.dtype) != nullptr,
+                in.row_stride,          out.row_stride};
   auto found = algorithms_.find(key);
   if (found != algorithms_.end()) {
     // Made for another number of rows: check that it takes this one.

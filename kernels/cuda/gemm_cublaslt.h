@@ -13,21 +13,23 @@
 
 namespace headstart::cuda {
 
-// Weight and bias on the device, bf16.
+// Weight on the device in bf16, bias in the types of both outputs that a product may have.
 class CudaLinearWeight : public LinearWeight {
  public:
-  CudaLinearWeight(int64_t in_features, int64_t out_features, DeviceMemory weight,
-                   DeviceMemory bias)
-      : LinearWeight(in_features, out_features),
-        weight_(std::move(weight)),
-        bias_(std::move(bias)) {}
+  struct Memory {
+    DeviceMemory weight, bias_bf16, bias_f32;  // the biases null where there is none
+  };
+  CudaLinearWeight(int64_t in_features, int64_t out_features, Memory memory)
+      : LinearWeight(in_features, out_features), memory_(std::move(memory)) {}
 
-  const void* weight() const { return weight_.get(); }  // [out, in]
-  const void* bias() const { return bias_.get(); }      // [out] or null
+  const void* weight() const { return memory_.weight.get(); }  // [out, in]
+  // [out] or null.
+  const void* bias(DType output) const {
+    return output == DType::kF32 ? memory_.bias_f32.get() : memory_.bias_bf16.get();
+  }
 
  private:
-  DeviceMemory weight_;
-  DeviceMemory bias_;
+  Memory memory_;
 };
 
 class CublasLtGemm {
@@ -35,7 +37,7 @@ class CublasLtGemm {
   static absl::StatusOr<std::unique_ptr<CublasLtGemm>> Create();
   ~CublasLtGemm();
 
-  // out = in W^T + b, or out += it. out: bf16, or f32 (without a bias). Enqueues on `stream`. The
+  // out = in W^T + b, or out += it. out: bf16 or f32. Enqueues on `stream`. The
   // first product of a shape looks for the fastest algorithm, with trial runs when it is large;
   // numbers of rows share one search up to the next power of two.
   absl::Status Multiply(const CudaLinearWeight& weight, const Matrix& in, const Matrix& out,

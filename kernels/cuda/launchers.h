@@ -124,9 +124,10 @@ cudaError_t LaunchPoolKeys(const PoolKeysParams& params, cudaStream_t stream);
 // Block scores of the query blocks [first_row, first_row + num_rows): log2 of the max-pooled
 // softmax of the sampled logits. Ranks like the probabilities do.
 struct ProxyScoreParams {
-  const void* q;  // [num_proxies][num_q][d]
-  const void* k;  // [num_key_heads][first_sample + num_q][d]; proxy p reads head p * num_key_heads
-                  // / num_proxies
+  const void* q;  // [num_proxies][num_q][d] with these strides, in elements
+  int64_t q_head_stride, q_row_stride;
+  const void* k;  // [num_key_heads][first_sample + num_q][d], contiguous; proxy p reads the head
+                  // p * num_key_heads / num_proxies
   int64_t num_q;  // sampled queries
   int64_t first_sample;  // sampled index of query 0; first_row * kBlockTokens / stride
   int32_t num_proxies, num_key_heads, head_dim, stride;

@@ -21,6 +21,9 @@ AttentionKernelParams KernelParams(const AttentionParams& params) {
   kernel.tile_counter = params.tile_counter;
   kernel.first_row = static_cast<int32_t>(params.first_position / kBlockTokens);
   kernel.query_offset = static_cast<int32_t>(params.first_position % kBlockTokens);
+  kernel.num_queries = static_cast<int32_t>(params.rows);
+  kernel.out = static_cast<uint4*>(params.out);
+  kernel.out_stride16 = params.out_stride / 8;
   kernel.num_rows = static_cast<int32_t>(NumBlocks(end)) - kernel.first_row;
   kernel.num_tiles = static_cast<uint32_t>(int64_t{kernel.num_rows} * heads.num_heads);
   kernel.last_key_block = static_cast<int32_t>(NumBlocks(end)) - 1;

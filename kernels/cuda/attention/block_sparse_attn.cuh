@@ -44,6 +44,9 @@ struct AttentionKernelParams {
   int32_t num_rows;      // query blocks
   int32_t first_row;     // key block of the first query block
   int32_t query_offset;  // rows of the first tile that lie before the first query
+  int32_t num_queries;
+  uint4* out;            // for StoreFirstTile
+  int64_t out_stride16;  // of its rows, in 16 bytes
   int32_t last_key_block;
   int32_t tail_tokens;  // tokens in the last key block, 0 when it is full
   int32_t group_size;
@@ -51,20 +54,18 @@ struct AttentionKernelParams {
 };
 
 // What differs by head dimension, measured: the pipeline depth that fits, how many of the last
-// products are issued after the hand-over to the other warpgroup, and the share (of 8) of
-// exponentials off the special-function unit.
+// products are issued after the hand-over to the other warpgroup, the share (of 8) of exponentials
+// off the special-function unit, and the column groups (of 16) exponentiated while P V still runs.
 template <int kHeadDim>
 struct AttentionTuning;
 template <>
 struct AttentionTuning<128> {
-  static constexpr int kStages = 2, kIssuedLate = 2, kPolynomial = 0;
+  static constexpr int kStages = 2, kIssuedLate = 0, kPolynomial = 0, kGroupsBeforeWait = 4;
 };
 template <>
 struct AttentionTuning<64> {
-  static constexpr int kStages = 4, kIssuedLate = 0, kPolynomial = 2;
+  static constexpr int kStages = 4, kIssuedLate = 2, kPolynomial = 2, kGroupsBeforeWait = 4;
 };
-inline constexpr int kGroupsBeforeWait =
-    4;  // column groups exponentiated while the second product still runs
 
 struct Tile {
   int32_t head, row, count;  // count == 0: no more work
@@ -199,6 +200,23 @@ class TileLoader {
   uint32_t k_step_ = 0, v_step_ = 0;
 };
 
+// Copies the staged rows [params.query_offset, 128) of the first tile to the output with ordinary
+// stores: a TMA store may not begin before the tensor, as the load does. One warp.
+template <int kHeadDim>
+__device__ __forceinline__ void StoreFirstTile(const Bf16* staged, const Tile& tile,
+                                               const AttentionKernelParams& params) {
+  constexpr int kChunks = kHeadDim / 8;  // of 16 bytes, in a row: one a lane
+  const int chunk = threadIdx.x % 32;
+  if (chunk >= kChunks) return;
+  const auto* panel = reinterpret_cast<const uint4*>(staged + chunk / 8 * kBlock * 64);
+  uint4* out = params.out + tile.head * kChunks + chunk;
+  const int end = min(kBlock, params.query_offset + params.num_queries);
+#pragma unroll 1
+  for (int row = params.query_offset; row < end; ++row, out += params.out_stride16) {
+    *out = panel[row * 8 + ((chunk % 8) ^ (row % 8))];
+  }
+}
+
 // The storing warp.
 template <int kHeadDim>
 __device__ __forceinline__ void StoreTiles(AttentionShared<kHeadDim>& shared,
@@ -211,7 +229,10 @@ __device__ __forceinline__ void StoreTiles(AttentionShared<kHeadDim>& shared,
     const Tile tile = shared.tile[slot];
     if (tile.count == 0) break;
     BarrierWait(&shared.o_full[slot], parity);
-    if (lane == 0) {
+    if (params.query_offset != 0 && tile.row == 0) {
+      StoreFirstTile<kHeadDim>(shared.q[slot], tile, params);
+      __syncwarp();
+    } else if (lane == 0) {
       const int token = tile.row * kBlock - params.query_offset;
 #pragma unroll
       for (int p = 0; p < kHeadDim / 64; ++p) {
@@ -219,8 +240,8 @@ __device__ __forceinline__ void StoreTiles(AttentionShared<kHeadDim>& shared,
       }
       TmaStoreCommit();
       TmaStoreWaitRead();
-      BarrierArrive(&shared.q_empty[slot]);
     }
+    if (lane == 0) BarrierArrive(&shared.q_empty[slot]);
     __syncwarp();
   }
   if (lane == 0) TmaStoreWait();
@@ -292,8 +313,8 @@ __device__ __forceinline__ void ComputeTiles(AttentionShared<kHeadDim>& shared,
                                              const AttentionKernelParams& params, int consumer) {
   using Tuning = AttentionTuning<kHeadDim>;
   constexpr int kStages = Tuning::kStages;
-  constexpr uint32_t kTile16 =
-      kBlock * kHeadDim * 2 / 16;  // one Q, K or V buffer in units of 16 bytes
+  // One Q, K or V buffer in units of 16 bytes.
+  constexpr uint32_t kTile16 = kBlock * kHeadDim * 2 / 16;
   const int lane = threadIdx.x % 32;
   const int row = consumer * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4, first_col = lane % 4 * 2;
   const uint32_t q_base = DescriptorKMajor(&shared.q[0][consumer * 64 * 64]);
@@ -309,17 +330,43 @@ __device__ __forceinline__ void ComputeTiles(AttentionShared<kHeadDim>& shared,
   const auto wait_k = [&] {
     if (!k_ready) BarrierWait(&shared.k_full[RingSlot<kStages>(step)], RingParity<kStages>(step));
   };
-  const auto poll_k = [&] {
-    k_ready = BarrierTest(&shared.k_full[RingSlot<kStages>(step)], RingParity<kStages>(step));
-  };
   const auto wait_v = [&] {
     BarrierWait(&shared.v_full[RingSlot<kStages>(step - 1)], RingParity<kStages>(step - 1));
+  };
+  const auto next_step = [&] {
+    ++step;
+    k_ready = BarrierTest(&shared.k_full[RingSlot<kStages>(step)], RingParity<kStages>(step));
+  };
+  // S = Q K(step)^T and O (+)= P V(step - 1); returns with S complete and P V in flight.
+  const auto issue_both = [&](uint32_t q, int accumulate) {
+    wait_k();
+    NamedSync(1 + consumer, 256);
+    WgmmaFence();
+    Pin(s);
+    Pin(o);
+    Pin(p);
+    IssueQk<kHeadDim>(s, q, k_base + RingSlot<kStages>(step) * kTile16);
+    WgmmaCommit();
+    wait_v();
+    WgmmaFence();
+    const uint32_t v = v_base + RingSlot<kStages>(step - 1) * kTile16;
+    IssuePv<kHeadDim>(o, p, v, accumulate, 0, 8 - Tuning::kIssuedLate);
+    NamedArrive(1 + (consumer ^ 1), 256);
+    IssuePv<kHeadDim>(o, p, v, accumulate, 8 - Tuning::kIssuedLate, 8);
+    WgmmaCommit();
+    WgmmaWait<1>();
+    Pin(s);
   };
   const auto finish_pv = [&] {
     WgmmaWait<0>();
     Pin(o);
     Pin(p);
     if (lane == 0) BarrierArrive(&shared.v_empty[RingSlot<kStages>(step - 1)]);
+  };
+  const auto zero_tail = [&](const Tile& tile) {
+    if (params.tail_tokens == 0 || params.first_row + tile.row != params.last_key_block) return;
+    wait_v();
+    ZeroValueTail<kHeadDim>(shared.v[RingSlot<kStages>(step - 1)], params.tail_tokens, consumer);
   };
 
   uint32_t w = 0;
@@ -328,54 +375,35 @@ __device__ __forceinline__ void ComputeTiles(AttentionShared<kHeadDim>& shared,
   // Counts go through a shuffle: only then does the compiler know them to be uniform, and keeps the
   // descriptors of the loop in uniform registers.
   int count = __shfl_sync(~0u, tile.count, 0);
-  while (count != 0) {
-    const uint32_t slot = RingSlot<2>(w);
-    const uint32_t q = q_base + slot * kTile16;
-    // The diagonal block: nothing to overlap with.
+  if (count != 0) {  // the first diagonal block: nothing to overlap with
     wait_k();
     WgmmaFence();
     Pin(s);
-    IssueQk<kHeadDim>(s, q, k_base + RingSlot<kStages>(step) * kTile16);
+    IssueQk<kHeadDim>(s, q_base, k_base);
     WgmmaCommit();
     WgmmaWait<0>();
     Pin(s);
-    if (lane == 0) BarrierArrive(&shared.k_empty[RingSlot<kStages>(step)]);
+    if (lane == 0) BarrierArrive(&shared.k_empty[0]);
     MaskAboveDiagonal(s, row, first_col);
     SoftmaxFirst(s, rows, params.scale_log2);
     PackProbabilities(p, s);
-    ++step;
-    poll_k();
-    if (params.tail_tokens != 0 && params.first_row + tile.row == params.last_key_block) {
-      wait_v();
-      ZeroValueTail<kHeadDim>(shared.v[RingSlot<kStages>(step - 1)], params.tail_tokens, consumer);
-    }
+    next_step();
+  }
+  while (count != 0) {
+    const uint32_t slot = RingSlot<2>(w);
+    zero_tail(tile);
 #pragma unroll 1
     for (int i = 1; i < count; ++i) {
-      wait_k();
-      NamedSync(1 + consumer, 256);
-      WgmmaFence();
-      Pin(s);
-      Pin(o);
-      Pin(p);
-      IssueQk<kHeadDim>(s, q, k_base + RingSlot<kStages>(step) * kTile16);
-      WgmmaCommit();
-      wait_v();
-      WgmmaFence();
-      const uint32_t v = v_base + RingSlot<kStages>(step - 1) * kTile16;
-      IssuePv<kHeadDim>(o, p, v, i > 1, 0, 8 - Tuning::kIssuedLate);
-      NamedArrive(1 + (consumer ^ 1), 256);
-      IssuePv<kHeadDim>(o, p, v, i > 1, 8 - Tuning::kIssuedLate, 8);
-      WgmmaCommit();
-      WgmmaWait<1>();
-      Pin(s);
+      issue_both(q_base + slot * kTile16, i > 1);
       const Rescale rescale = SoftmaxNext(s, rows, params.scale_log2, kRescaleThreshold);
-      Exponentiate<Tuning::kPolynomial, 0, kGroupsBeforeWait>(s, rows);
+      Exponentiate<Tuning::kPolynomial, 0, Tuning::kGroupsBeforeWait>(s, rows);
       // The condition always holds (sums are positive); the false dependency keeps ptxas from
       // moving the wait for P V, which follows, ahead of the exponentials.
-      if (lane == 0 && !(rows.sum0 + rows.sum1 < 0.0f))
+      if (lane == 0 && !(rows.sum0 + rows.sum1 < 0.0f)) {
         BarrierArrive(&shared.k_empty[RingSlot<kStages>(step)]);
+      }
       finish_pv();
-      Exponentiate<Tuning::kPolynomial, kGroupsBeforeWait, 16>(s, rows);
+      Exponentiate<Tuning::kPolynomial, Tuning::kGroupsBeforeWait, 16>(s, rows);
       PackProbabilities(p, s);
       if (rescale.any) {
 #pragma unroll
@@ -386,22 +414,35 @@ __device__ __forceinline__ void ComputeTiles(AttentionShared<kHeadDim>& shared,
           o[4 * j + 3] *= rescale.factor1;
         }
       }
-      ++step;
-      poll_k();
+      next_step();
     }
-    // The last P V on its own.
-    wait_v();
-    WgmmaFence();
-    Pin(o);
-    Pin(p);
-    IssuePv<kHeadDim>(o, p, v_base + RingSlot<kStages>(step - 1) * kTile16, count > 1, 0, 8);
-    WgmmaCommit();
-    finish_pv();
-    StageOutput<kHeadDim>(o, rows, shared.q[slot], &shared.o_full[slot], consumer);
     ++w;
-    BarrierWait(&shared.q_full[RingSlot<2>(w)], RingParity<2>(w));
-    tile = shared.tile[RingSlot<2>(w)];
-    count = __shfl_sync(~0u, tile.count, 0);
+    const uint32_t next_slot = RingSlot<2>(w);
+    BarrierWait(&shared.q_full[next_slot], RingParity<2>(w));
+    const Tile next = shared.tile[next_slot];
+    const int next_count = __shfl_sync(~0u, next.count, 0);
+    if (next_count != 0) {  // the next tile's diagonal block runs beside this tile's last P V
+      issue_both(q_base + next_slot * kTile16, count > 1);
+      if (lane == 0) BarrierArrive(&shared.k_empty[RingSlot<kStages>(step)]);
+      const RowState finished = rows;
+      MaskAboveDiagonal(s, row, first_col);
+      SoftmaxFirst(s, rows, params.scale_log2);
+      finish_pv();
+      PackProbabilities(p, s);
+      StageOutput<kHeadDim>(o, finished, shared.q[slot], &shared.o_full[slot], consumer);
+      next_step();
+    } else {
+      wait_v();
+      WgmmaFence();
+      Pin(o);
+      Pin(p);
+      IssuePv<kHeadDim>(o, p, v_base + RingSlot<kStages>(step - 1) * kTile16, count > 1, 0, 8);
+      WgmmaCommit();
+      finish_pv();
+      StageOutput<kHeadDim>(o, rows, shared.q[slot], &shared.o_full[slot], consumer);
+    }
+    tile = next;
+    count = next_count;
   }
 }
 

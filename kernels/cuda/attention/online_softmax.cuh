@@ -103,7 +103,10 @@ __device__ __forceinline__ Rescale SoftmaxNext(float (&s)[64], RowState& rows, f
   Rescale rescale{false, 1.0f, 1.0f};
   rescale.any = __any_sync(~0u, max(growth0, growth1) > __float_as_int(threshold));
   if (rescale.any) {
-    const float grow0 = __int_as_float(QuadMax(growth0)), grow1 = __int_as_float(QuadMax(growth1));
+    // Each row for itself: what its neighbours need must not change its rounding.
+    const int row0 = QuadMax(growth0), row1 = QuadMax(growth1);
+    const float grow0 = row0 > __float_as_int(threshold) ? __int_as_float(row0) : 0.0f;
+    const float grow1 = row1 > __float_as_int(threshold) ? __int_as_float(row1) : 0.0f;
     rescale.factor0 = Exp2Approx(-grow0);
     rescale.factor1 = Exp2Approx(-grow1);
     rows = RowState{rows.max0 + grow0, rows.max1 + grow1, rows.sum0 * rescale.factor0,

@@ -21,9 +21,10 @@ __device__ __forceinline__ uint64_t PolicyOnce() {
   return policy;
 }
 
+// Coordinates in elements, the fastest dimension first. A box may reach beyond the tensor: loads
+// give zeros there, stores write nothing. Only loads may begin before it (a store there traps).
 struct TmaCoord {
-  int32_t c0, c1, c2,
-      c3;  // fastest first; outside the tensor: loads give zeros, stores are dropped
+  int32_t c0, c1, c2, c3;
 };
 
 // Loads the map's box at `at` to `destination`; its bytes count on `barrier`.

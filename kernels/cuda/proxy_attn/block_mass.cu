@@ -66,6 +66,7 @@ __device__ __forceinline__ void ComputePartials(MassShared<kHeadDim>& shared,
   const uint32_t q = DescriptorKMajor(&shared.q[consumer * 64 * 64]),
                  k = DescriptorKMajor(shared.k[0]);
   float s[64];
+  RowState rows{};
   BarrierWait(&shared.q_full, 0);
   for (int n = begin; n < end; ++n) {
     const uint32_t step = n - begin, slot = RingSlot<kMassStages>(step);
@@ -78,11 +79,16 @@ __device__ __forceinline__ void ComputePartials(MassShared<kHeadDim>& shared,
     Pin(s);
     if (lane == 0) BarrierArrive(&shared.k_empty[slot]);
     if (n == params.num_key_blocks - 1) MaskAboveDiagonal(s, row, lane % 4 * 2);
-    RowState rows;
-    const float2 highest = RowMaxima(s);
-    rows = RowState{QuadMax(highest.x) * params.scale_log2, QuadMax(highest.y) * params.scale_log2,
-                    0.0f, 0.0f};
-    Shift(s, rows, params.scale_log2);
+    // Any maximum that is not outgrown will do as the reference: it goes to memory with the sum.
+    if (step == 0) {
+      const float2 highest = RowMaxima(s);
+      rows.max0 = QuadMax(highest.x) * params.scale_log2;
+      rows.max1 = QuadMax(highest.y) * params.scale_log2;
+      Shift(s, rows, params.scale_log2);
+    } else {
+      SoftmaxNext(s, rows, params.scale_log2, kRescaleThreshold);
+    }
+    rows.sum0 = rows.sum1 = 0.0f;
     Exponentiate<kMassPolynomial>(s, rows);
     const float sum0 = QuadSum(rows.sum0), sum1 = QuadSum(rows.sum1);
     if (lane % 4 == 0) {

@@ -11,7 +11,7 @@ __device__ __forceinline__ void SortDescending(uint64_t* items,
   for (int width = 2; width <= size; width *= 2) {
     for (int distance = width / 2; distance > 0; distance /= 2) {
       for (int i = threadIdx.x; i < size / 2; i += kThreads) {
-        const int low = 2 * i - i % distance, high = low + distance;
+        const int low = 2 * i - (i & (distance - 1)), high = low + distance;
         const bool descending = (low & width) == 0;
         const uint64_t a = items[low], b = items[high];
         if ((a < b) == descending) {
@@ -24,17 +24,12 @@ __device__ __forceinline__ void SortDescending(uint64_t* items,
   }
 }
 
-// The least count whose prefix sum of mass, in the order of `items`, reaches gamma; all when none
-// does. One warp.
-__device__ __forceinline__ int CountToReach(double gamma, const uint64_t* items, const float* mass,
-                                            int size) {
+// The least count whose prefix sum of mass reaches gamma; all when none does. One warp.
+__device__ __forceinline__ int CountToReach(double gamma, const float* mass, int size) {
   const int lane = threadIdx.x % 32, segment = (size + 31) / 32;
   const int begin = min(lane * segment, size), end = min(begin + segment, size);
-  const auto mass_at = [&](int i) {
-    return static_cast<double>(mass[~static_cast<uint32_t>(items[i])]);
-  };
   double sum = 0.0;
-  for (int i = begin; i < end; ++i) sum += mass_at(i);
+  for (int i = begin; i < end; ++i) sum += mass[i];
   double before = 0.0;  // of the lanes below, in rising order
   for (int l = 0; l < 31; ++l) {
     const double other = __shfl_sync(~0u, sum, l);
@@ -42,7 +37,7 @@ __device__ __forceinline__ int CountToReach(double gamma, const uint64_t* items,
   }
   int count = size;
   for (int i = begin; i < end; ++i) {
-    before += mass_at(i);
+    before += mass[i];
     if (before >= gamma) {
       count = i + 1;
       break;
@@ -51,8 +46,8 @@ __device__ __forceinline__ int CountToReach(double gamma, const uint64_t* items,
   return static_cast<int>(__reduce_min_sync(~0u, static_cast<unsigned>(count)));
 }
 
-// One CTA a head. Shared memory: `padded` sort items, each a key above the inverted block number,
-// so that ties go to the lower one.
+// One CTA a head. Shared memory: `padded` sort items, each a key above the inverted block number
+// (so that ties go to the lower one), then `padded` floats.
 __global__ void __launch_bounds__(kThreads)
     HeadBudgetKernel(const HeadBudgetParams params, int padded) {
   extern __shared__ uint64_t items[];
@@ -70,8 +65,13 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   SortDescending(items, padded);
+  float* ordered = reinterpret_cast<float*>(items + padded);
+  for (int i = threadIdx.x; i < blocks; i += kThreads) {
+    ordered[i] = mass[~static_cast<uint32_t>(items[i])];
+  }
+  __syncthreads();
   if (threadIdx.x >= 32) return;
-  const int count = params.gamma < 1.0f ? CountToReach(params.gamma, items, mass, blocks) : blocks;
+  const int count = params.gamma < 1.0f ? CountToReach(params.gamma, ordered, blocks) : blocks;
   if (threadIdx.x != 0) return;
   const float ratio = fmaxf(params.budget_ratio[head],
                             __fdiv_rn(static_cast<float>(count), static_cast<float>(blocks)));
@@ -91,8 +91,9 @@ __global__ void FixedBudgetKernel(int num_heads, int blocks, int32_t* budget_blo
 cudaError_t LaunchHeadBudget(const HeadBudgetParams& params, cudaStream_t stream) {
   int padded = 1;
   while (padded < params.shape.num_key_blocks()) padded *= 2;
-  const int bytes = padded * static_cast<int>(sizeof(uint64_t));
-  constexpr int kMostBytes = 16384 * sizeof(uint64_t);  // 2M tokens
+  constexpr int kItemBytes = sizeof(uint64_t) + sizeof(float);
+  const int bytes = padded * kItemBytes;
+  constexpr int kMostBytes = 16384 * kItemBytes;  // 2M tokens
   if (bytes > kMostBytes) return cudaErrorInvalidValue;
   static const cudaError_t configured = cudaFuncSetAttribute(
       HeadBudgetKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes);

@@ -327,7 +327,18 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
   }
 }
 
-constexpr int kReduceThreads = 256;
+constexpr int kReduceThreads = 128;
+
+// Joins the sums that a query has of its ranges of keys, `stride` apart: to shift[range * step] =
+// reference - log-sum-exp.
+__device__ __forceinline__ void RowLogSum(const float2* sums, int stride, int ranges, float* shift,
+                                          int step) {
+  float highest = -INFINITY, sum = 0.0f;
+  for (int r = 0; r < ranges; ++r) highest = fmaxf(highest, sums[int64_t{r} * stride].y);
+  for (int r = 0; r < ranges; ++r) sum += exp2f(sums[int64_t{r} * stride].y - highest);
+  const float log_sum = highest + log2f(sum);
+  for (int r = 0; r < ranges; ++r) shift[r * step] = sums[int64_t{r} * stride].x - log_sum;
+}
 
 // One CTA per query block and proxy.
 template <int kStride>
@@ -337,38 +348,49 @@ __global__ void __launch_bounds__(kReduceThreads)
   constexpr int kSamples = static_cast<int>(kBlockTokens) / kStride;  // of a block
   extern __shared__ float shift[];  // [ranges][kSamples]: reference - log-sum-exp
   const ScoreShape& shape = params.shape;
-  const int q_block = gridDim.x - 1 - blockIdx.x, proxy = blockIdx.y;
+  const int q_block = gridDim.x - 1 - blockIdx.x, proxy = blockIdx.y, t = threadIdx.x;
   const int m = first_row + q_block, first_query = q_block * kSamples;
   const int queries = min(kSamples, shape.num_q - first_query);
-  const int last_range = ((m + 1) * kSamples - 1) / kKeyTile / kRangeTiles;
-  const int ranges = min(last_range + 1, shape.ranges);
-  const int t = threadIdx.x;
-  if (t < queries) {
-    const float2* sums =
-        params.sums + int64_t{proxy} * shape.ranges * shape.num_q + first_query + t;
-    float highest = -INFINITY, sum = 0.0f;
-    for (int r = 0; r < ranges; ++r) highest = fmaxf(highest, sums[int64_t{r} * shape.num_q].y);
-    for (int r = 0; r < ranges; ++r) sum += exp2f(sums[int64_t{r} * shape.num_q].y - highest);
-    const float log_sum = highest + log2f(sum);
-    for (int r = 0; r < ranges; ++r)
-      shift[r * kSamples + t] = sums[int64_t{r} * shape.num_q].x - log_sum;
-  }
-  __syncthreads();
   const __half* source =
       params.maxima + (int64_t{proxy} * shape.num_q + first_query) * params.pitch;
-  float* out = scores + (int64_t{proxy} * gridDim.x + q_block) * score_stride;
-  for (int n = 2 * t; n <= m; n += 2 * kReduceThreads) {
-    const float* range_shift = shift + n / kStride / kRangeTiles * kSamples;
-    float even = -INFINITY, odd = -INFINITY;
-#pragma unroll 8
-    for (int i = 0; i < queries; ++i) {
-      const float2 pair =
-          __half22float2(*reinterpret_cast<const __half2*>(source + int64_t{i} * params.pitch + n));
-      even = fmaxf(even, pair.x + range_shift[i]);
-      odd = fmaxf(odd, pair.y + range_shift[i]);
+  // Four blocks of every query. The first ones are under way while the log-sum-exps are made.
+  uint2 values[kSamples];
+  const auto load = [&](int n) {
+    constexpr uint32_t kLowestPair = 0xFC00FC00u;  // -infinity twice
+#pragma unroll
+    for (int i = 0; i < kSamples; ++i) {
+      values[i] = i < queries ? *reinterpret_cast<const uint2*>(source + i * params.pitch + n)
+                              : make_uint2(kLowestPair, kLowestPair);
     }
-    out[n] = even;
-    if (n + 1 <= m) out[n + 1] = odd;
+  };
+  int n = 4 * t;
+  if (n <= m) load(n);
+  if (t < kSamples) {
+    const float2* sums =
+        params.sums + int64_t{proxy} * shape.ranges * shape.num_q + first_query + t;
+    const int ranges = t < queries ? ((m + 1) * kSamples - 1) / kKeyTile / kRangeTiles + 1 : 0;
+    RowLogSum(sums, shape.num_q, min(ranges, shape.ranges), shift + t, kSamples);
+  }
+  __syncthreads();
+  float* out = scores + (int64_t{proxy} * gridDim.x + q_block) * score_stride;
+  while (n <= m) {
+    const float* range_shift = shift + n / kStride / kRangeTiles * kSamples;
+    float best[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+#pragma unroll
+    for (int i = 0; i < kSamples; ++i) {
+      const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&values[i].x));
+      const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&values[i].y));
+      best[0] = fmaxf(best[0], low.x + range_shift[i]);
+      best[1] = fmaxf(best[1], low.y + range_shift[i]);
+      best[2] = fmaxf(best[2], high.x + range_shift[i]);
+      best[3] = fmaxf(best[3], high.y + range_shift[i]);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (n + e <= m) out[n + e] = best[e];
+    }
+    n += 4 * kReduceThreads;
+    if (n <= m) load(n);
   }
 }
 
@@ -397,8 +419,9 @@ cudaError_t Launch(const ProxyScoreParams& params, cudaStream_t stream) {
   const ScoreKernelParams kernel = KernelParams(params);
   const int64_t d = params.head_dim, num_k = params.first_sample + params.num_q;
   CUtensorMap q_map, k_map;
-  const TensorShape q{
-      params.q, {d, params.num_q, params.num_proxies, 1}, {d, params.num_q * d, params.num_q * d}};
+  const TensorShape q{params.q,
+                      {d, params.num_q, params.num_proxies, 1},
+                      {params.q_row_stride, params.q_head_stride, params.q_head_stride}};
   const TensorShape k{params.k, {d, num_k, params.num_key_heads, 1}, {d, num_k * d, num_k * d}};
   cudaError_t error = MakeTensorMap(q, kQueryRows, &q_map);
   if (error == cudaSuccess) error = MakeTensorMap(k, kKeyTile, &k_map);

@@ -1,0 +1,142 @@
+// Time to the first token of the engine on random prompts, with a sink that throws the KV away (or
+// writes it to a file).
+//
+//   prefill_bench MODEL_DIR --tokens N … [--density D …] [--chunk N] [--repeat N] [--dump FILE]
+//
+// A density of 0 is dense attention; others force every head's budget, with g = H, s = 16 (the
+// selection itself runs in full). One JSON object a run on standard output. The prompt's ids are (i
+// * 7919 + 13) mod vocab_size.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+#include "kernels/base/status_macros.h"
+
+namespace headstart {
+namespace {
+
+class DiscardingSink : public KvSink {
+ public:
+  explicit DiscardingSink(const std::string& dump_file) {
+    if (!dump_file.empty()) file_ = std::fopen(dump_file.c_str(), "wb");
+  }
+  ~DiscardingSink() override {
+    if (file_ != nullptr) std::fclose(file_);
+  }
+  absl::Status OnStart() override { return absl::OkStatus(); }
+  absl::StatusOr<absl::Span<std::byte>> Reserve(const KvChunkInfo& chunk, int64_t bytes) override {
+    chunk_ = chunk;
+    memory_.resize(bytes);
+    return absl::MakeSpan(memory_);
+  }
+  // A dumped chunk: layer, first token, tokens (int64 each), then its bytes.
+  absl::Status Commit() override {
+    if (file_ == nullptr) return absl::OkStatus();
+    const int64_t head[3] = {chunk_.layer, chunk_.token_begin, chunk_.token_count};
+    const bool written = std::fwrite(head, sizeof(head), 1, file_) == 1 &&
+                         std::fwrite(memory_.data(), memory_.size(), 1, file_) == 1;
+    return written ? absl::OkStatus() : absl::DataLossError("could not write the dump");
+  }
+
+ private:
+  std::FILE* file_ = nullptr;
+  KvChunkInfo chunk_;
+  std::vector<std::byte> memory_;
+};
+
+struct Arguments {
+  std::string model_dir, dump_file;
+  int64_t chunk = 8192, repeat = 1;
+  std::vector<int64_t> tokens;
+  std::vector<float> densities;
+};
+
+Arguments Parse(int argc, char** argv) {
+  Arguments arguments;
+  if (argc > 1) arguments.model_dir = argv[1];
+  for (int i = 2; i + 1 < argc; i += 2) {
+    const std::string name = argv[i];
+    const char* value = argv[i + 1];
+    if (name == "--tokens") arguments.tokens.push_back(std::atoll(value));
+    if (name == "--chunk") arguments.chunk = std::atoll(value);
+    if (name == "--repeat") arguments.repeat = std::atoll(value);
+    if (name == "--dump") arguments.dump_file = value;
+    if (name == "--density") arguments.densities.push_back(std::strtof(value, nullptr));
+  }
+  if (arguments.densities.empty()) arguments.densities = {0.0f};
+  return arguments;
+}
+
+ProxyAttnOptions ForcedDensity(const HeadShape& heads, float density) {
+  ProxyAttnOptions options = ResolvePreset(AttentionPreset::kBalanced, heads);
+  options.forced_density = density;
+  options.dense_above_density = 1.0f;
+  return options;
+}
+
+double DeviceGigabytesInUse() {
+  size_t free_bytes = 0, total_bytes = 0;
+  cudaMemGetInfo(&free_bytes, &total_bytes);
+  return static_cast<double>(total_bytes - free_bytes) / 1e9;
+}
+
+absl::Status RunOnce(Engine& engine, const Arguments& arguments, int64_t tokens, float density) {
+  const ModelConfig& config = engine.config();
+  PrefillJob job;
+  for (int64_t i = 0; i < tokens; ++i) {
+    job.token_ids.push_back(static_cast<int32_t>((i * 7919 + 13) % config.vocab_size));
+  }
+  if (density > 0) job.attention = ForcedDensity(config.heads, density);
+  DiscardingSink sink(arguments.dump_file);
+  const auto result = engine.RunPrefill(job, sink);
+  if (!result.ok()) return result.status();
+  const auto executed = static_cast<double>(result->executed_blocks);
+  std::printf(
+      "{\"tokens\": %lld, \"chunk\": %lld, \"asked_density\": %g, \"density\": %.4f, \"ttft_ms\": "
+      "%.1f, \"attention_ms\": %.1f, \"selection_ms\": %.1f, \"device_gb\": %.2f, \"token\": %d, "
+      "\"logprob\": %.4f}\n",
+      static_cast<long long>(tokens), static_cast<long long>(arguments.chunk), density,
+      executed / static_cast<double>(result->causal_blocks), result->total_seconds * 1e3,
+      result->attention_seconds * 1e3, result->selection_seconds * 1e3, DeviceGigabytesInUse(),
+      result->first_token.id, result->first_token.logprob);
+  std::fflush(stdout);
+  return absl::OkStatus();
+}
+
+absl::Status Run(const Arguments& arguments) {
+  EngineOptions options;
+  options.model_dir = arguments.model_dir;
+  options.backend.device = "cuda";
+  options.max_prompt_tokens = *std::max_element(arguments.tokens.begin(), arguments.tokens.end());
+  options.chunk_tokens = arguments.chunk;
+  HEADSTART_ASSIGN_OR_RETURN(const auto engine, Engine::Create(options, [](int64_t, int64_t) {}));
+  for (const int64_t tokens : arguments.tokens) {
+    for (const float density : arguments.densities) {
+      for (int64_t r = 0; r < arguments.repeat; ++r) {
+        HEADSTART_RETURN_IF_ERROR(RunOnce(*engine, arguments, tokens, density));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+}  // namespace headstart
+
+int main(int argc, char** argv) {
+  const headstart::Arguments arguments = headstart::Parse(argc, argv);
+  if (arguments.tokens.empty()) {
+    std::fprintf(stderr,
+                 "usage: prefill_bench MODEL_DIR --tokens N ... [--density D ...] [--chunk N] "
+                 "[--repeat N] [--dump FILE]\n");
+    return 2;
+  }
+  const absl::Status status = headstart::Run(arguments);
+  if (!status.ok()) std::fprintf(stderr, "%s\n", status.ToString().c_str());
+  return status.ok() ? 0 : 1;
+}
