@@ -1,37 +1,19 @@
 #include "tests/kernels/backend_test.h"
 
 #include <cmath>
-#include <cstdlib>
-#include <ostream>
+#include <utility>
 
 #include "tests/testing/status_matchers.h"
 
 namespace headstart::testing {
 
-std::vector<BackendCase> BackendsUnderTest() {
-  const BackendOptions bf16{.device = "cpu", .dtype = ComputeDType::kBF16};
-  const BackendOptions f32{.device = "cpu", .dtype = ComputeDType::kF32};
-  return {{"CpuBf16", bf16, ""},
-          {"CpuF32", f32, ""},
-          {"CpuF32Avx2", f32, "avx2"},
-          {"CpuF32Generic", f32, "generic"},
-          {"Cuda", {.device = "cuda"}, ""}};
-}
-
-void PrintTo(const BackendCase& backend, std::ostream* os) { *os << backend.name; }
-
 void BackendTest::Open(const BackendCase& backend) {
-  if (backend.cpu_isa.empty()) {
-    unsetenv("HEADSTART_CPU_ISA");  // NOLINT(concurrency-mt-unsafe)
-  } else {
-    setenv("HEADSTART_CPU_ISA", backend.cpu_isa.c_str(), 1);  // NOLINT(concurrency-mt-unsafe)
+  auto opened = OpenBackend(backend);
+  if (!opened.ok() && IsMissingHere(opened.status())) {
+    GTEST_SKIP() << backend.name << " is not on this machine: " << opened.status().message();
   }
-  auto made = MakeBackend(backend.options);
-  if (!made.ok() && absl::IsInvalidArgument(made.status())) {
-    GTEST_SKIP() << backend.name << " is not on this machine: " << made.status().message();
-  }
-  ASSERT_OK(made);
-  backend_ = *std::move(made);
+  ASSERT_OK(opened);
+  backend_ = *std::move(opened);
 }
 
 void BackendTest::ExpectPaddingUntouched(const DeviceMatrix& matrix) {

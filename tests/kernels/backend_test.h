@@ -1,31 +1,16 @@
-// The backends under test, and what the tests of all operations share.
+// What the tests of all operations share.
 #pragma once
 
 #include <gtest/gtest.h>
 
 #include <cstdint>
-#include <iosfwd>
 #include <memory>
-#include <string>
-#include <vector>
 
 #include "kernels/backend.h"
+#include "tests/kernels/backends.h"
 #include "tests/kernels/device_data.h"
 
 namespace headstart::testing {
-
-// A backend as tests open it.
-struct BackendCase {
-  std::string name;
-  BackendOptions options;
-  std::string cpu_isa;  // HEADSTART_CPU_ISA; empty: the machine's best
-};
-
-// All that this build can have: bf16 and f32, and f32 on every instruction set.
-std::vector<BackendCase> BackendsUnderTest();
-// For names of test cases, and as gtest prints a parameter.
-inline std::string NameOf(const BackendCase& backend) { return backend.name; }
-void PrintTo(const BackendCase& backend, std::ostream* os);
 
 class BackendTest : public ::testing::Test {
  protected:
