@@ -28,7 +28,6 @@ struct BenchOptions {
   std::vector<std::string> presets = {"default"};
   std::string tokens_file;
   LoadOptions load;
-  double duration_s = 0;
   int64_t warmup = 1;
   bool json = false;
 };
@@ -184,8 +183,9 @@ nlohmann::json CellJson(const BenchCell& cell) {
 
 // Fails when no request of any cell went well.
 absl::Status RunBench(BenchOptions options) {
-  if (options.duration_s > 0) options.load.duration = absl::Seconds(options.duration_s);
-  if (options.load.num_requests == 0 && options.duration_s == 0) options.load.num_requests = 5;
+  const bool endless =
+      options.load.num_requests == 0 && options.load.duration == absl::InfiniteDuration();
+  if (endless) options.load.num_requests = 5;
   Bench bench(options);
   if (absl::Status status = bench.Prepare(); !status.ok()) return status;
   nlohmann::json cells = nlohmann::json::array();
@@ -216,10 +216,8 @@ void AddLoadFlags(CLI::App& command, BenchOptions* options) {
       .add_option("--requests", options->load.num_requests,
                   "Requests of every length and preset; default 5 without --duration")
       ->check(CLI::Range(int64_t{1}, int64_t{1000000}));
-  command
-      .add_option("--duration", options->duration_s,
-                  "Seconds of every length and preset in which requests start")
-      ->check(CLI::Range(0.001, 86400.0));
+  AddDurationFlag(command, "--duration", &options->load.duration,
+                  "Time of every length and preset in which requests start");
   auto* concurrency =
       command
           .add_option("--concurrency", options->load.concurrency, "Closed loop: requests under way")

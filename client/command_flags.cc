@@ -4,6 +4,7 @@
 #include <map>
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "client/grpc_status.h"
@@ -48,13 +49,24 @@ void AddConnectionFlags(CLI::App& app, PrefillClientOptions* options) {
   add_file("--tls-key", &options->tls.key_file, "Its key (PEM)");
   app.add_option("--tls-server-name", options->tls.server_name,
                  "Name expected in the server's certificate");
-  app.add_option_function<double>(
-         "--timeout", [options](double seconds) { options->timeout = absl::Seconds(seconds); },
-         "Seconds for one request, retries included")
-      ->check(CLI::Range(0.001, 86400.0))
-      ->default_str("120");
+  AddDurationFlag(app, "--timeout", &options->timeout, "Time for one request, retries included")
+      ->default_str(absl::FormatDuration(options->timeout));
   app.add_flag("--wait", options->wait_for_ready,
                "Wait for the server to come up, until the timeout");
+}
+
+CLI::Option* AddDurationFlag(CLI::App& app, const std::string& flag, absl::Duration* value,
+                             const std::string& help) {
+  const auto parse = [flag, value](const std::string& text) {
+    double seconds;
+    const bool is_number = absl::SimpleAtod(text, &seconds);
+    if (is_number) *value = absl::Seconds(seconds);
+    if ((!is_number && !absl::ParseDuration(text, value)) || *value <= absl::ZeroDuration() ||
+        *value > absl::Hours(24)) {
+      throw CLI::ValidationError(flag, "must be a time up to 24h like 90s or 2m, not " + text);
+    }
+  };
+  return app.add_option_function<std::string>(flag, parse, help)->type_name("TIME");
 }
 
 void AddAttentionFlags(CLI::App& app, bool with_preset, AttentionFlags* flags) {

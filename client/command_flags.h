@@ -8,6 +8,7 @@
 #include "CLI/CLI.hpp"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "client/prefill_client.h"
 #include "headstart/v1/prefill.pb.h"
 
@@ -16,6 +17,10 @@ namespace headstart {
 // --target, TLS files, --timeout, --wait. The values are in `options` once the command line was
 // parsed.
 void AddConnectionFlags(CLI::App& app, PrefillClientOptions* options);
+
+// A time like 90s or 2m, or a number of seconds; more than nothing.
+CLI::Option* AddDurationFlag(CLI::App& app, const std::string& flag, absl::Duration* value,
+                             const std::string& help);
 
 struct AttentionFlags {
   std::string preset;  // empty: the server's default

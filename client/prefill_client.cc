@@ -127,8 +127,10 @@ absl::StatusOr<PrefillOutcome> PrefillClient::Prefill(const v1::PrefillRequest& 
     }
     const bool retriable = attempt.receiver.num_chunks() == 0 && MayRetry(status, options_.retry);
     if (!retriable || attempts >= options_.retry.max_attempts) return status;
-    const absl::Time next = absl::Now() + RetryPause(status, options_.retry, attempts);
+    const absl::Duration pause = RetryPause(status, options_.retry, attempts);
+    const absl::Time next = absl::Now() + pause;
     if (next >= deadline) return status;
+    if (options_.retry.on_retry) options_.retry.on_retry(status, pause);
     if (!token.SleepUntil(next)) return absl::CancelledError("cancelled between two attempts");
   }
 }

@@ -37,6 +37,8 @@ struct RetryOptions {
   absl::Duration initial_backoff = absl::Milliseconds(100);
   absl::Duration max_backoff = absl::Seconds(5);
   bool when_queue_full = false;
+  // Told of every pause, on the calling thread: what went wrong, and how long it will be.
+  std::function<void(const absl::Status&, absl::Duration)> on_retry = nullptr;
 };
 
 struct PrefillClientOptions {

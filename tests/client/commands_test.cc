@@ -173,6 +173,15 @@ TEST_F(CommandsTest, RequestWantsExactlyOnePrompt) {
   EXPECT_EQ(server_->num_calls(), 0);
 }
 
+TEST_F(CommandsTest, TimesHaveUnitsOrAreSeconds) {
+  for (const char* time : {"5s", "1m", "7", "1500ms"}) {
+    EXPECT_EQ(Run("request", {"--tokens-file", dir_ / "ids", "--timeout", time}), 0) << time;
+  }
+  for (const char* time : {"0", "-1s", "25h", "soon", "inf"}) {
+    EXPECT_EQ(Run("request", {"--tokens-file", dir_ / "ids", "--timeout", time}), 2) << time;
+  }
+}
+
 TEST_F(CommandsTest, BenchPrintsOneLineForEveryLengthAndPreset) {
   EXPECT_EQ(Run("bench", {"--tokens-file", dir_ / "ids", "--lengths", "21", "--presets",
                           "exact,fast", "--requests", "3", "--concurrency", "2"}),

@@ -161,6 +161,19 @@ TEST_F(PrefillClientTest, WaitsAsLongAsTheServerSays) {
   EXPECT_GE(absl::Now() - start, absl::Milliseconds(300));
 }
 
+TEST_F(PrefillClientTest, TellsOfEveryPause) {
+  ServeAfterFailures(2, 0,
+                     RichStatus(grpc::StatusCode::UNAVAILABLE, "DRAINING", absl::Milliseconds(2)));
+  int retries = 0;
+  options_.retry.on_retry = [&](const absl::Status& why, absl::Duration pause) {
+    ++retries;
+    EXPECT_EQ(ErrorReasonOf(why), "DRAINING");
+    EXPECT_EQ(pause, absl::Milliseconds(2));
+  };
+  EXPECT_OK(Prefill());
+  EXPECT_EQ(retries, 2);
+}
+
 TEST_F(PrefillClientTest, DoesNotWaitPastItsDeadline) {
   ServeAfterFailures(1, 0,
                      RichStatus(grpc::StatusCode::UNAVAILABLE, "DRAINING", absl::Hours(1000000)));

@@ -1,0 +1,139 @@
+// A decode node goes on from received KV as the engine would have gone on itself.
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "client/decode/decode_node.h"
+#include "tests/e2e/live_server.h"
+#include "tests/testing/status_matchers.h"
+#include "tests/testing/temp_dir.h"
+#include "tests/testing/tiny_model.h"
+
+namespace headstart {
+namespace {
+
+using testing::Compute;
+using testing::Computed;
+using ::testing::HasSubstr;
+using testing::LiveServer;
+using testing::LiveServerOptions;
+using testing::RequestOf;
+using testing::SomePrompt;
+using testing::StatusIs;
+using testing::TempDir;
+using testing::TinyModelOptions;
+using testing::WriteTinyModel;
+
+// Greedy continuation without any cache: the whole text runs anew for every token.
+std::vector<int32_t> ContinueAlone(Engine& engine, const std::vector<uint32_t>& prompt, int count) {
+  PrefillJob job;
+  job.token_ids.assign(prompt.begin(), prompt.end());
+  job.attention = ResolvePreset(AttentionPreset::kExact, engine.config().heads);
+  std::vector<int32_t> tokens;
+  for (int i = 0; i < count; ++i) {
+    const absl::StatusOr<Computed> computed = Compute(engine, job);
+    EXPECT_OK(computed);
+    if (!computed.ok()) break;
+    tokens.push_back(computed->result.first_token.id);
+    job.token_ids.push_back(tokens.back());
+  }
+  return tokens;
+}
+
+class DecodeTest : public ::testing::TestWithParam<std::string> {
+ protected:
+  void SetUp() override {
+    LiveServerOptions options;
+    options.model.architecture = GetParam();
+    ASSERT_OK_AND_ASSIGN(server_, LiveServer::Start(options));
+    ASSERT_OK_AND_ASSIGN(engine_, server_->MakeLocalEngine());
+  }
+  DecodeNodeOptions NodeOptions(const std::vector<uint32_t>& prompt) const {
+    DecodeNodeOptions options;
+    options.client = server_->client_options();
+    options.request = RequestOf(prompt);
+    options.model_dir = server_->model_dir();
+    options.backend.dtype = ComputeDType::kF32;
+    options.backend.num_threads = 1;
+    options.max_new_tokens = 12;
+    options.ignore_eos = true;
+    return options;
+  }
+
+  std::unique_ptr<LiveServer> server_;
+  std::unique_ptr<Engine> engine_;
+};
+
+TEST_P(DecodeTest, ContinuesAsTheEngineAlone) {
+  for (const int64_t length : {1, 5, 128, 250}) {
+    const std::vector<uint32_t> prompt = SomePrompt(length, 7);
+    std::vector<int32_t> told;
+    ASSERT_OK_AND_ASSIGN(
+        const DecodeNodeResult result,
+        RunDecodeNode(NodeOptions(prompt), [&](int32_t token) { told.push_back(token); }));
+    EXPECT_EQ(result.tokens, ContinueAlone(*engine_, prompt, 12)) << length;
+    EXPECT_EQ(told, result.tokens);
+    EXPECT_EQ(result.stop, "max_tokens");
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Architectures, DecodeTest, ::testing::Values("llama", "qwen2", "qwen3"));
+
+using LlamaDecodeTest = DecodeTest;
+
+TEST_P(LlamaDecodeTest, StopsAtAnEndToken) {
+  const std::vector<uint32_t> prompt = SomePrompt(40, 7);
+  const std::vector<int32_t> alone = ContinueAlone(*engine_, prompt, 12);
+  // Declares the fifth token the end. Those before it that are the same end it earlier.
+  const size_t end = std::find(alone.begin(), alone.end(), alone[4]) - alone.begin();
+  ASSERT_OK(testing::WriteFile(server_->model_dir() + "/generation_config.json",
+                               "{\"eos_token_id\": [" + std::to_string(alone[4]) + "]}"));
+  DecodeNodeOptions options = NodeOptions(prompt);
+  options.ignore_eos = false;
+  ASSERT_OK_AND_ASSIGN(const DecodeNodeResult result, RunDecodeNode(options, [](int32_t) {}));
+  EXPECT_EQ(result.stop, "eos");
+  EXPECT_EQ(result.tokens, std::vector<int32_t>(alone.begin(), alone.begin() + end));
+}
+
+TEST_P(LlamaDecodeTest, StopsAtTheEndOfTheContext) {
+  DecodeNodeOptions options = NodeOptions(SomePrompt(4090));
+  ASSERT_OK_AND_ASSIGN(const DecodeNodeResult result, RunDecodeNode(options, [](int32_t) {}));
+  EXPECT_EQ(result.stop, "context");
+  EXPECT_EQ(result.tokens.size(), 7) << "the last one needs no place in the context";
+}
+
+TEST_P(LlamaDecodeTest, RefusesKvOfAnotherModel) {
+  TempDir dir;
+  LiveServerOptions same_shape;
+  same_shape.model.seed = 2;
+  ASSERT_OK(WriteTinyModel(dir.path(), same_shape.model));
+  DecodeNodeOptions options = NodeOptions(SomePrompt(10));
+  options.model_dir = dir.path();
+  EXPECT_THAT(RunDecodeNode(options, [](int32_t) {}),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr(engine_->model_hash())));
+}
+
+TEST_P(LlamaDecodeTest, RefusesKvOfAnotherShape) {
+  TempDir dir;
+  TinyModelOptions model = LiveServerOptions().model;
+  model.num_layers = 5;
+  ASSERT_OK(WriteTinyModel(dir.path(), model));
+  DecodeNodeOptions options = NodeOptions(SomePrompt(10));
+  options.model_dir = dir.path();
+  EXPECT_THAT(RunDecodeNode(options, [](int32_t) {}),
+              StatusIs(absl::StatusCode::kDataLoss, HasSubstr("num_layers=6")));
+}
+
+TEST_P(LlamaDecodeTest, RefusesTokensOutsideTheVocabularyBeforeItAsks) {
+  EXPECT_THAT(RunDecodeNode(NodeOptions({1, 256}), [](int32_t) {}),
+              StatusIs(absl::StatusCode::kInvalidArgument,
+                       HasSubstr("token_ids[1]=256 is not below vocab_size 256")));
+}
+
+INSTANTIATE_TEST_SUITE_P(Architectures, LlamaDecodeTest, ::testing::Values("llama"));
+
+}  // namespace
+}  // namespace headstart
