@@ -1,8 +1,10 @@
+# shellcheck shell=bash
 # Shell functions shared by the scripts of deploy/ and tests/. Sourced by bash scripts that run with `set -euo pipefail`.
 # Everything that is installed by pip, downloaded or converted lies below HEADSTART_CACHE, outside the repository.
 
 HEADSTART_CACHE=${HEADSTART_CACHE:-$HOME/.cache/headstart}
 deploy_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck disable=SC2034  # for the scripts
 repo_dir=$(dirname "$deploy_dir")
 
 if [[ -t 2 && -z ${NO_COLOR:-} ]]; then bold=$'\e[1m' plain=$'\e[0m'; else bold='' plain=''; fi
@@ -99,7 +101,7 @@ pip_install() {
   local python=$1
   shift
   "$python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" \
-    | sed -nu 's/ (from .*//; s/^\(Collecting\|Installing\) /    &/p' >&2 \
+    | sed -nu '/metadata/d; s/^ *\(Downloading [^ ]* ([^)]*)\).*/    \1/p; s/^\(Installing\) .*/    \1 …/p' >&2 \
     || die "pip could not install: $*" \
       "Without PyPI: put the wheels into a folder and set PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER."
 }

