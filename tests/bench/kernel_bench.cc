@@ -87,6 +87,7 @@ class Bench {
   void Elementwise(int64_t rows);
   void Rope(int64_t rows);
   void Attention(const HeadShape& shape, int64_t first_position, int64_t rows);
+  void Select(const HeadShape& shape, int64_t rows, int32_t num_proxies, int32_t stride);
 
  private:
   std::vector<float> Normal(int64_t count) {
@@ -224,6 +225,32 @@ void Bench::Attention(const HeadShape& shape, int64_t first_position, int64_t ro
   }
 }
 
+void Bench::Select(const HeadShape& shape, int64_t rows, int32_t num_proxies, int32_t stride) {
+  const std::string name = "SelectBlocks " + std::to_string(shape.num_heads) + "/" +
+                           std::to_string(shape.num_kv_heads) + " heads, d " +
+                           std::to_string(shape.head_dim) + ", " + std::to_string(rows) + ", g " +
+                           std::to_string(num_proxies) + ", s " + std::to_string(stride);
+  if (!Wanted(name)) return;
+  const Cache cache = MakeCache(*this, backend_, shape, rows);
+  const Tensor q = Make(rows, int64_t{shape.num_heads} * shape.head_dim, cache.kv.dtype);
+  const Tensor budget_ratio = Make(1, shape.num_heads, DType::kF32);
+  ProxyAttnOptions options;
+  options.enabled = true;
+  options.num_proxies = num_proxies;
+  options.stride = stride;
+  SelectArgs args;
+  args.q = q.matrix;
+  args.kv = cache.kv;
+  args.ends_prompt = true;
+  args.options = &options;
+  args.budget_ratio = static_cast<float*>(budget_ratio.buffer.data());
+  // Logits of the proxies, and of the last query block against all keys.
+  const double samples = static_cast<double>(rows) / stride;
+  const double logits = num_proxies * samples * samples / 2 +
+                        static_cast<double>(shape.num_heads * kBlockTokens * rows);
+  Run(name, 2 * logits * shape.head_dim, "GFLOP/s", [&] { return backend_.SelectBlocks(args); });
+}
+
 void RunAll(Backend& backend, const std::string& only) {
   std::printf("%s\n\n| %-44s | %9s | %16s |\n|---|---|---|\n", backend.device().c_str(),
               "operation", "ms", "rate");
@@ -243,6 +270,9 @@ void RunAll(Backend& backend, const std::string& only) {
   for (int64_t rows : {128, 1024, 4096, 8128}) bench.Attention(smol, 0, rows);
   bench.Attention(smol, 8000, 128);
   for (int64_t rows : {1, 4, 8}) bench.Attention(smol, 8000, rows);
+  bench.Select(smol, 8128, 9, 16);
+  bench.Select(smol, 8128, 9, 4);
+  bench.Select(smol, 8128, 1, 4);
   bench.Attention({12, 2, 128}, 0, 4096);
   bench.Attention({12, 2, 128}, 8000, 1);
 }

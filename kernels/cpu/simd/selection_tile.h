@@ -110,19 +110,14 @@ void ReduceRows(const ReduceArgs& args) {
 
 template <typename T>
 void Pool(const void* heads, int64_t num_heads, int64_t head_stride, int64_t head_dim, void* out) {
-  float sum[kMaxHeadDim];
   const T* x = static_cast<const T*>(heads);
-#pragma omp simd
-  for (int64_t i = 0; i < head_dim; ++i) sum[i] = ToFloat(x[i]);
-  for (int64_t h = 1; h < num_heads; ++h) {
-    x += head_stride;
-#pragma omp simd
-    for (int64_t i = 0; i < head_dim; ++i) sum[i] += ToFloat(x[i]);
-  }
-  const auto divisor = static_cast<float>(num_heads);
   T* mean = static_cast<T*>(out);
-#pragma omp simd
-  for (int64_t i = 0; i < head_dim; ++i) mean[i] = T(sum[i] / divisor);
+  const auto divisor = static_cast<float>(num_heads);
+  ForLanes(head_dim, [&](int64_t i, int64_t count) {
+    F32 sum = LoadAs(x + i, count);
+    for (int64_t h = 1; h < num_heads; ++h) sum += LoadAs(x + h * head_stride + i, count);
+    StoreAs(sum / divisor, mean + i, count);
+  });
 }
 
 template <class Math>
