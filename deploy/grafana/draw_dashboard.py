@@ -86,7 +86,8 @@ def draw_panel(axes, panel, prometheus, end, range_s, window_s):
         else:
             for label, times, values in found:
                 axes.plot(times, values, label=label, linewidth=1.2)
-        axes.legend(fontsize=7, loc="upper left", frameon=False, ncols=2)
+        if found:
+            axes.legend(fontsize=7, loc="upper left", ncols=2)
         axes.set_xlim(-range_s, 0)
         axes.set_xlabel("seconds", fontsize=8)
     percent = defaults["unit"] == "percentunit"

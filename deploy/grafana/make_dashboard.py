@@ -73,10 +73,11 @@ def panel(title, description, unit, queries, kind="timeseries", width=8, **optio
 
 def service_level():
     ttft = "headstart_time_to_first_token_seconds"
-    parts = [("queue", "queue"), ("selection", "selection"), ("attention", "attention"),
-             ("other_compute", "other compute"), ("exposed_transfer", "exposed transfer")]
-    decomposition = [(share(total(f"headstart_{part}_seconds_sum"), total(ttft + "_count")), legend)
-                     for part, legend in parts]
+    parts = {part: total(f"headstart_{part.replace(' ', '_')}_seconds_sum")
+             for part in ("selection", "attention", "other compute", "exposed transfer")}
+    # What is left: the queue's own histogram holds requests that failed later, too.
+    parts = {"queue": f"({' - '.join([total(ttft + '_sum'), *parts.values()])})", **parts}
+    decomposition = [(share(expr, total(ttft + "_count")), part) for part, expr in parts.items()]
     return [
         panel("Ready", "Servers that take requests now.", "none",
               [(f"sum(headstart_ready{SELECT})", "ready")], "stat", 3, height=4),

@@ -90,7 +90,7 @@ class Server(Process):
         ports = folder / f"{name}.ports"
         ports.unlink(missing_ok=True)
         super().__init__([headstart(), "serve", f"--model={model}", f"--listen={listen}", "--admin-listen=127.0.0.1:0",
-                          f"--port-file={ports}", "--threads=1", *flags], folder / f"{name}.log")
+                          f"--port-file={ports}", *flags], folder / f"{name}.log")
         try:
             text = wait_for(lambda: self.running() and ports.exists() and ports.read_text().endswith("\n")
                             and ports.read_text(), "port file")

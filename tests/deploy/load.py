@@ -6,13 +6,19 @@ import time
 
 import grpc
 import numpy as np
-from headstart import HeadstartError, PrefillClient
+from headstart import Attention, HeadstartError, PrefillClient
 from headstart.v1 import prefill_pb2 as pb
 
 from tiny_model import VOCAB
 
 PREFILL = "/headstart.v1.PrefillService/Prefill"
-LONG = 4096  # beyond every preset's dense limit
+LONG = 4096
+ATTENTION = (
+    Attention(preset="fast", gamma=0.1, floor_tokens=128, dense_below_tokens=512),  # sparse
+    Attention(preset="balanced", gamma=0.99, dense_below_tokens=512),  # keeps so much that it runs dense
+    Attention(preset="balanced", dense_below_tokens=LONG),  # too short to be sparse
+    "exact",
+)
 
 
 def prompt(length, seed=0):
@@ -35,10 +41,14 @@ def code_of(call):
 
 
 class Load:
-    """Runs one thread for each kind of client, until stop()."""
+    """Runs one thread for each kind of client, until stop().
 
-    def __init__(self, target):
+    text: token ids whose beginnings are the prompts; random ones without it.
+    """
+
+    def __init__(self, target, text=None):
         self.target = target
+        self.text = text
         self.codes = collections.Counter()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -71,6 +81,9 @@ class Load:
         except Exception as error:  # shown by stop()
             self._crashes.append(error)
 
+    def prompt(self, length, seed):
+        return self.text[:length] if self.text else prompt(length, seed)
+
     @staticmethod
     def _code(client, *arguments, **options):
         try:
@@ -80,21 +93,21 @@ class Load:
             return error.code.name
 
     def short(self, client, _, turn):
-        yield self._code(client, prompt(64 + turn % 512, turn))
+        yield self._code(client, self.prompt(64 + turn % 512, turn))
         time.sleep(0.02)
 
     def sparse(self, client, _, turn):
-        yield self._code(client, prompt(LONG, turn), attention=("balanced", "fast", "exact")[turn % 3])
+        yield self._code(client, self.prompt(LONG, turn), attention=ATTENTION[turn % len(ATTENTION)])
 
     def wrong(self, client, _, turn):
-        yield self._code(client, [1, VOCAB])
+        yield self._code(client, [1, 1 << 30])
         yield self._code(client, [])
         yield self._code(client, [1, 2], model="another")
         yield self._code(client, [1, 2], request_id="no blanks allowed")
         time.sleep(0.1)
 
     def cancels(self, _, channel, turn):
-        call = raw_call(channel, pb.PrefillRequest(token_ids=prompt(LONG, turn)))
+        call = raw_call(channel, pb.PrefillRequest(token_ids=self.prompt(LONG, turn)))
         try:
             next(call)
             call.cancel()
@@ -104,13 +117,13 @@ class Load:
         time.sleep(0.2)
 
     def burst(self, _, channel, turn):
-        calls = [raw_call(channel, pb.PrefillRequest(token_ids=prompt(256, turn))) for _ in range(24)]
+        calls = [raw_call(channel, pb.PrefillRequest(token_ids=self.prompt(256, turn))) for _ in range(24)]
         yield from map(code_of, calls)
         time.sleep(1)
 
     def slow_reader(self, _, channel, turn):
         """Takes its time over every message, and every other time stops reading altogether."""
-        call = raw_call(channel, pb.PrefillRequest(token_ids=prompt(LONG, turn)))
+        call = raw_call(channel, pb.PrefillRequest(token_ids=self.prompt(LONG, turn)))
         try:
             for index, _ in enumerate(call):
                 time.sleep(3 if turn % 2 and index == 1 else 0.05)
@@ -119,5 +132,5 @@ class Load:
             yield error.code().name
 
     def impatient(self, _, channel, turn):
-        yield code_of(raw_call(channel, pb.PrefillRequest(token_ids=prompt(LONG, turn)), timeout=0.02))
+        yield code_of(raw_call(channel, pb.PrefillRequest(token_ids=self.prompt(LONG, turn)), timeout=0.02))
         time.sleep(0.2)

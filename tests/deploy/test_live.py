@@ -2,6 +2,8 @@
 
 import re
 import socket
+import subprocess
+import sys
 import time
 
 import grpc
@@ -38,6 +40,7 @@ def observed(model, tmp_path_factory):
         seen.prometheus, seen.steady, seen.leaving = prometheus, steady, leaving
         load = Load(steady.target)
         time.sleep(LOAD_SECONDS)
+        wait_for(lambda: met_everything(steady), "every kind of attention on a slow machine", timeout=60)
         seen.values = {name: prometheus.query(substitute(expr)) for name, expr in dashboard_expressions()}
         seen.drain_seconds = drain_while_scraped(leaving, prometheus)
         load.stop()
@@ -46,6 +49,14 @@ def observed(model, tmp_path_factory):
                  "idle")
         seen.metrics = steady.metrics()
         yield seen
+
+
+def met_everything(server):
+    """One prompt ran sparse, one fell back for each reason."""
+    return (server.value("headstart_attention_executed_blocks_total") <
+            server.value("headstart_attention_causal_blocks_total")
+            and server.value("headstart_attention_fallback_total", reason="density") > 0
+            and server.value("headstart_attention_fallback_total", reason="below_dense_limit") > 0)
 
 
 def drain_while_scraped(server, prometheus):
@@ -113,6 +124,13 @@ def without_thresholds(expr):
                          ids=lambda alert: alert["alert"])
 def test_what_an_alert_compares_has_data(observed, alert):
     assert observed.prometheus.query(without_thresholds(alert["expr"])), without_thresholds(alert["expr"])
+
+
+def test_picture_of_the_main_panels_can_be_drawn(observed, tmp_path):
+    picture = tmp_path / "dashboard.png"
+    subprocess.run([sys.executable, REPO / "deploy/grafana/draw_dashboard.py", "--prometheus", observed.prometheus.url,
+                    "--range", "20", "--window", "10", picture], check=True)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------------------------------------- what really happened
