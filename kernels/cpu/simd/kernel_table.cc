@@ -1,5 +1,6 @@
 #include "kernels/cpu/simd/kernel_table.h"
 
+#include "kernels/cpu/isa.h"
 #include "kernels/cpu/simd/tables.h"
 
 namespace headstart::simd {

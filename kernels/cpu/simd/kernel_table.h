@@ -6,8 +6,11 @@
 
 #include "kernels/attention_params.h"
 #include "kernels/base/dtype.h"
-#include "kernels/cpu/isa.h"
 #include "kernels/cpu/simd/selection_kernels.h"
+
+namespace headstart {
+enum class CpuIsa : uint8_t;  // kernels/cpu/isa.h, whose includes bring code of their own
+}
 
 namespace headstart::simd {
 
