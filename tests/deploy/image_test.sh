@@ -99,7 +99,7 @@ build() {
   local target=$1
   echo "==> building headstart:$target"
   buildah bud --isolation chroot --layers --target "$target" --build-arg "CPU_BASE=$base" --tag "headstart:$target" \
-    --file "$repo/deploy/Dockerfile" "$repo"
+    --file "$repo/deploy/Dockerfile" "$repo" </dev/null
 }
 
 test_image() {
