@@ -52,9 +52,12 @@ absl::StatusOr<std::string> ChooseRequestId(const std::string& from_message,
   return id;
 }
 
-// version "-" trace id "-" parent id "-" flags: 00-4bf9…-00f0…-01
 std::string TraceId(const grpc::ServerContextBase& call) {
-  const std::string text = Metadata(call, "traceparent");
+  return ParseTraceParent(Metadata(call, "traceparent"));
+}
+
+// version "-" trace id "-" parent id "-" flags: 00-4bf9…-00f0…-01
+std::string ParseTraceParent(const std::string& text) {
   constexpr size_t kLength = 55, kTraceBegin = 3, kTraceLength = 32, kParentBegin = 36,
                    kParentLength = 16, kFlagsBegin = 53;
   if (text.size() != kLength || text.compare(0, kTraceBegin, "00-") != 0 ||

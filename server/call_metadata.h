@@ -21,8 +21,9 @@ absl::Status CheckPeer(const grpc::ServerContextBase& call, const ServerTlsOptio
 absl::StatusOr<std::string> ChooseRequestId(const std::string& from_message,
                                             const grpc::ServerContextBase& call);
 
-// The 32 hex digits of a valid W3C traceparent, or empty.
+// The trace id of the call's W3C traceparent: 32 hex digits, or empty without a valid one.
 std::string TraceId(const grpc::ServerContextBase& call);
+std::string ParseTraceParent(const std::string& traceparent);
 
 // The client's deadline, or the default one; no later than the longest that the server allows.
 absl::Time EffectiveDeadline(const grpc::ServerContextBase& call, const ServerOptions& options);

@@ -1,5 +1,6 @@
 #include "server/logging.h"
 
+#include <google/protobuf/stubs/logging.h>
 #include <grpc/support/log.h>
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
@@ -50,6 +51,12 @@ void LogFromGrpc(gpr_log_func_args* args) {
   Log(level, "grpc", {{"message", args->message}, {"file", args->file}, {"line", args->line}});
 }
 
+// Protobuf complains about what clients send; they are told by their status.
+void LogFromProtobuf(google::protobuf::LogLevel, const char* file, int line,
+                     const std::string& message) {
+  Log(LogLevel::kDebug, "protobuf", {{"message", message}, {"file", file}, {"line", line}});
+}
+
 }  // namespace
 
 void InitLogging(LogFormat format, const std::string& level) {
@@ -61,6 +68,7 @@ void InitLogging(LogFormat format, const std::string& level) {
   logger->flush_on(spdlog::level::debug);
   spdlog::set_default_logger(std::move(logger));
   gpr_set_log_function(LogFromGrpc);
+  google::protobuf::SetLogHandler(LogFromProtobuf);
 }
 
 void Log(LogLevel level, absl::string_view event, std::initializer_list<LogField> fields) {

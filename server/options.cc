@@ -296,8 +296,8 @@ absl::Status ValidateOptions(const ServerOptions& options) {
   if (options.model_dir.empty()) return UsageError("model", "is required");
   if (options.listen.empty()) return UsageError("listen", "is empty");
   if (options.chunk_tokens % kBlockTokens != 0) {
-    return UsageError("prefill-chunk-tokens", absl::StrCat("=", options.chunk_tokens,
-                                                           " is not a multiple of ", kBlockTokens));
+    return UsageError("prefill-chunk-tokens", absl::StrCat("is ", options.chunk_tokens,
+                                                           ", not a multiple of ", kBlockTokens));
   }
   if (options.default_deadline > options.max_deadline) {
     return UsageError("default-deadline", "is longer than --max-deadline");

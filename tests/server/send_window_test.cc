@@ -46,7 +46,7 @@ TEST(SendWindowTest, WaitsUntilBytesComeBack) {
 TEST(SendWindowTest, CutsAReaderThatTakesNothing) {
   SendWindow window(100, absl::Milliseconds(20));
   ASSERT_OK(window.Take(100, absl::InfiniteFuture()));
-  const absl::Status status = window.Take(1, absl::InfiniteFuture());
+  const absl::Status status = window.Take(1, absl::InfiniteFuture()).status();
   EXPECT_THAT(status, StatusIs(absl::StatusCode::kCancelled, HasSubstr("20ms")));
   EXPECT_EQ(ReasonOf(status), ErrorReason::kClientStalled);
 }

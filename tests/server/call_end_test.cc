@@ -1,0 +1,510 @@
+// How calls end that do not simply run through, and that every end gives everything back (checked
+// after each test).
+#include <grpcpp/generic/generic_stub.h>
+#include <gtest/gtest.h>
+
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "server/error.h"
+#include "tests/server/server_fixture.h"
+#include "tests/testing/notification.h"
+#include "tests/testing/status_matchers.h"
+
+namespace headstart::testing {
+namespace {
+
+// 1 KiB of KV a token in chunks of 64 KiB: a long prompt has more than all buffers hold.
+class CallEndTest : public ServerTest {
+ protected:
+  CallEndTest() {
+    model_.max_positions = 8192;
+    options_.chunk_tokens = 128;
+    options_.send_buffer_bytes = 128 << 10;
+  }
+
+  // A client that takes little at a time, so that the server feels soon that nobody reads.
+  std::unique_ptr<v1::PrefillService::Stub> NewSlowStub() {
+    grpc::ChannelArguments arguments;
+    arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+    arguments.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 64 << 10);
+    return v1::PrefillService::NewStub(NewChannel(arguments));
+  }
+
+  // Until the server has so many requests in its queue.
+  void WaitForQueued(int64_t count) {
+    while (server_->Snapshot().load.queued_requests != count) absl::SleepFor(absl::Milliseconds(1));
+  }
+
+  // Until nothing is in flight; how long that took.
+  absl::Duration WaitUntilIdle() {
+    const absl::Time began = absl::Now();
+    while (server_->Snapshot().load.inflight_requests > 0) absl::SleepFor(absl::Milliseconds(1));
+    return absl::Now() - began;
+  }
+
+  double Requests(const std::string& code, const std::string& reason) {
+    return Metric(absl::StrCat("headstart_requests_total{code=\"", code,
+                               "\",model=\"tiny\",reason=\"", reason, "\"}"));
+  }
+};
+
+auto WithTimeout(absl::Duration timeout) {
+  return [timeout](grpc::ClientContext& context) {
+    context.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+  };
+}
+
+// ---- full
+
+TEST_F(CallEndTest, RefusesWhenTheQueueIsFull) {
+  options_.admission.max_requests = 2;
+  Start();
+  Barrier barrier(backend_, "Attention", 0);
+  const auto stub = NewStub();
+  OpenCall running(stub.get(), Prompt(10));
+  OpenCall queued(stub.get(), Prompt(10));
+  barrier.WaitUntilReached();
+  WaitForQueued(1);
+  const CallResult refused = Run(Prompt(10));
+  EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_EQ(refused.reason(), "QUEUE_FULL");
+  EXPECT_TRUE(refused.has_retry_delay());
+  barrier.Open();
+  EXPECT_TRUE(running.Finish().status.ok());
+  EXPECT_TRUE(queued.Finish().status.ok());
+  EXPECT_EQ(Requests("RESOURCE_EXHAUSTED", "QUEUE_FULL"), 1);
+}
+
+TEST_F(CallEndTest, RefusesWhenTheQueueHasTooManyTokens) {
+  options_.admission.max_tokens = 300;
+  Start();
+  Barrier barrier(backend_, "Attention", 0);
+  const auto stub = NewStub();
+  OpenCall running(stub.get(), Prompt(200));
+  barrier.WaitUntilReached();
+  EXPECT_EQ(Run(Prompt(101)).reason(), "QUEUE_FULL");
+  OpenCall fits(stub.get(), Prompt(100));
+  EXPECT_TRUE(fits.Read().has_accepted());
+  barrier.Open();
+  EXPECT_TRUE(running.Finish().status.ok());
+  EXPECT_TRUE(fits.Finish().status.ok());
+}
+
+TEST_F(CallEndTest, TellsWhatIsAheadInTheQueue) {
+  Start();
+  Barrier barrier(backend_, "Attention", 0);
+  const auto stub = NewStub();
+  OpenCall first(stub.get(), Prompt(10));
+  barrier.WaitUntilReached();
+  OpenCall second(stub.get(), Prompt(20));
+  WaitForQueued(1);
+  OpenCall third(stub.get(), Prompt(30));
+  const v1::Accepted accepted = third.Read().accepted();
+  EXPECT_EQ(accepted.queue_requests(), 2u);
+  EXPECT_EQ(accepted.queue_tokens(), 30u);
+  EXPECT_EQ(Metric("headstart_queue_requests{model=\"tiny\"}"), 2);
+  EXPECT_EQ(Metric("headstart_queue_tokens{model=\"tiny\"}"), 50);
+  EXPECT_EQ(Metric("headstart_running_requests{model=\"tiny\"}"), 1);
+  EXPECT_EQ(Metric("headstart_inflight_tokens{model=\"tiny\"}"), 60);
+  barrier.Open();
+  for (OpenCall* call : {&first, &second, &third}) EXPECT_TRUE(call->Finish().status.ok());
+}
+
+TEST_F(CallEndTest, RefusesAnIdThatIsInFlight) {
+  Start();
+  Barrier barrier(backend_, "Attention", 0);
+  v1::PrefillRequest request = Prompt(10);
+  request.set_request_id("twice");
+  const auto stub = NewStub();
+  OpenCall first(stub.get(), request);
+  barrier.WaitUntilReached();
+  const CallResult second = Run(request);
+  EXPECT_EQ(second.status.error_code(), grpc::StatusCode::ALREADY_EXISTS);
+  EXPECT_EQ(second.reason(), "DUPLICATE_REQUEST_ID");
+  barrier.Open();
+  EXPECT_TRUE(first.Finish().status.ok());
+  EXPECT_TRUE(Run(request).status.ok());
+}
+
+// ---- cancel
+
+TEST_F(CallEndTest, CancelInTheQueueComputesNothing) {
+  Start();
+  Barrier barrier(backend_, "Attention", 0);
+  const auto stub = NewStub();
+  OpenCall running(stub.get(), Prompt(10));
+  barrier.WaitUntilReached();
+  OpenCall queued(stub.get(), Prompt(10));
+  WaitForQueued(1);
+  queued.context().TryCancel();
+  EXPECT_EQ(queued.Finish().status.error_code(), grpc::StatusCode::CANCELLED);
+  WaitForQueued(0);
+  EXPECT_EQ(server_->Snapshot().load.inflight_requests, 1);  // while the other still computes
+  barrier.Open();
+  EXPECT_TRUE(running.Finish().status.ok());
+  EXPECT_EQ(backend_->CountCalls("Embed"), 1);
+  EXPECT_EQ(Requests("CANCELLED", "CLIENT_CANCELLED"), 1);
+}
+
+TEST_F(CallEndTest, CancelWhileComputingStopsAtTheNextLayer) {
+  Start();
+  Barrier barrier(backend_, "Attention", 0);
+  const auto stub = NewStub();
+  OpenCall call(stub.get(), Prompt(10));
+  barrier.WaitUntilReached();
+  call.context().TryCancel();
+  EXPECT_EQ(call.Finish().status.error_code(), grpc::StatusCode::CANCELLED);
+  // The server knows when the client's reset has come; then the engine may go on.
+  while (Metric("headstart_running_requests{model=\"tiny\"}") != 1) {
+  }
+  absl::SleepFor(absl::Milliseconds(100));
+  const int64_t before = backend_->CountCalls("Attention");
+  barrier.Open();
+  EXPECT_LT(WaitUntilIdle(), absl::Seconds(1));
+  EXPECT_EQ(backend_->CountCalls("Attention"), before);  // no further layer
+  EXPECT_TRUE(Run(Prompt(3)).status.ok());
+}
+
+TEST_F(CallEndTest, CancelWhileSendingFreesTheWorker) {
+  Start();
+  const auto stub = NewSlowStub();
+  OpenCall call(stub.get(), Prompt(4096));
+  while (!call.Read().has_chunk()) {
+  }
+  call.context().TryCancel();
+  EXPECT_EQ(call.Finish().status.error_code(), grpc::StatusCode::CANCELLED);
+  EXPECT_LT(WaitUntilIdle(), absl::Seconds(1));
+  EXPECT_EQ(
+      Metric("headstart_kv_transfer_failures_total{model=\"tiny\",reason=\"CLIENT_CANCELLED\"}"),
+      1);
+}
+
+TEST_F(CallEndTest, BrokenConnectionIsACancel) {
+  Start();
+  Barrier barrier(backend_, "Attention", 1);
+  {
+    auto channel = NewChannel();
+    const auto stub = v1::PrefillService::NewStub(channel);
+    OpenCall call(stub.get(), Prompt(10));
+    barrier.WaitUntilReached();
+    call.context().TryCancel();
+    call.Finish();
+  }
+  barrier.Open();
+  EXPECT_LT(WaitUntilIdle(), absl::Seconds(1));
+}
+
+// ---- deadlines
+
+TEST_F(CallEndTest, ClientsDeadlineInTheQueueComputesNothing) {
+  Start();
+  Barrier barrier(backend_, "Attention", 0);
+  const auto stub = NewStub();
+  OpenCall running(stub.get(), Prompt(10));
+  barrier.WaitUntilReached();
+  const CallResult late = Run(Prompt(10), WithTimeout(absl::Milliseconds(100)));
+  EXPECT_EQ(late.status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  WaitForQueued(0);
+  barrier.Open();
+  EXPECT_TRUE(running.Finish().status.ok());
+  EXPECT_EQ(backend_->CountCalls("Embed"), 1);
+  EXPECT_EQ(Requests("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"), 1);
+}
+
+TEST_F(CallEndTest, ServersDeadlineInTheQueueIsAnsweredWhileAnotherComputes) {
+  options_.max_deadline = absl::Milliseconds(200);
+  Start();
+  Barrier barrier(backend_, "Attention", 0);
+  const auto stub = NewStub();
+  OpenCall running(stub.get(), Prompt(10));
+  barrier.WaitUntilReached();
+  const absl::Time began = absl::Now();
+  const CallResult late = Run(Prompt(10));
+  EXPECT_EQ(late.status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_EQ(late.reason(), "DEADLINE_EXCEEDED");
+  EXPECT_LT(absl::Now() - began, absl::Milliseconds(1200));
+  barrier.Open();
+  EXPECT_EQ(running.Finish().status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+}
+
+TEST_F(CallEndTest, ServersDeadlineEndsCompute) {
+  options_.max_deadline = absl::Milliseconds(100);
+  Start();
+  Barrier barrier(backend_, "Attention", 0);
+  const auto stub = NewStub();
+  OpenCall call(stub.get(), Prompt(10));
+  barrier.WaitUntilReached();
+  absl::SleepFor(absl::Milliseconds(150));  // past the deadline
+  barrier.Open();
+  const CallResult late = call.Finish();
+  EXPECT_EQ(late.status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_EQ(late.reason(), "DEADLINE_EXCEEDED");
+}
+
+TEST_F(CallEndTest, RefusesADeadlineOutOfReachAtOnce) {
+  Start();
+  backend_->SetHook([](const BackendCall& call) {  // at most 3200 tokens/s
+    if (call.op == "Embed") absl::SleepFor(absl::Milliseconds(20));
+    return absl::OkStatus();
+  });
+  for (int i = 0; i < TokenRate::kMinRuns; ++i) ASSERT_TRUE(Run(Prompt(64)).status.ok());
+  const CallResult refused = Run(Prompt(8000), WithTimeout(absl::Milliseconds(800)));
+  EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_EQ(refused.reason(), "DEADLINE_UNREACHABLE");
+}
+
+TEST_F(CallEndTest, CallWithoutItsMessageIsEnded) {
+  options_.first_message_timeout = absl::Milliseconds(100);
+  Start();
+  // Opened and never followed by a message. A generated stub can't do that, a generic one can.
+  grpc::TemplatedGenericStub<v1::PrefillRequest, v1::PrefillResponse> stub(NewChannel());
+  grpc::ClientContext context;
+  grpc::CompletionQueue queue;
+  auto call = stub.PrepareCall(&context, "/headstart.v1.PrefillService/Prefill", &queue);
+  void* tag = nullptr;
+  bool ok = false;
+  call->StartCall(nullptr);
+  ASSERT_TRUE(queue.Next(&tag, &ok));
+  grpc::Status status;
+  call->Finish(&status, nullptr);
+  ASSERT_TRUE(queue.Next(&tag, &ok));
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_NE(status.error_message().find("100ms"), std::string::npos);
+}
+
+// ---- slow readers
+
+TEST_F(CallEndTest, ClientThatReadsNothingIsCutAndTheNextIsServed) {
+  options_.write_stall_timeout = absl::Milliseconds(300);
+  Start();
+  const auto slow = NewSlowStub();
+  OpenCall stalled(slow.get(), Prompt(4096));
+  EXPECT_TRUE(stalled.Read().has_accepted());
+  // Waits behind the stalled one for as long as the stall limit allows that.
+  EXPECT_TRUE(Run(Prompt(10)).status.ok());
+  const CallResult cut = stalled.Finish();
+  EXPECT_EQ(cut.status.error_code(), grpc::StatusCode::CANCELLED);
+  EXPECT_FALSE(cut.responses.back().has_completed());
+  EXPECT_EQ(Requests("CANCELLED", "CLIENT_STALLED"), 1);
+  EXPECT_GE(
+      Metric("headstart_kv_transfer_failures_total{model=\"tiny\",reason=\"CLIENT_STALLED\"}"), 1);
+}
+
+TEST_F(CallEndTest, ClientThatDoesNotTakeTheTailIsCutWithoutHoldingTheWorker) {
+  options_.write_stall_timeout = absl::Milliseconds(300);
+  options_.send_buffer_bytes = 64 << 20;  // all of the prompt's KV: compute never waits
+  Start();
+  const auto slow = NewSlowStub();
+  OpenCall stalled(slow.get(), Prompt(4096));
+  EXPECT_TRUE(stalled.Read().has_accepted());
+  EXPECT_TRUE(Run(Prompt(10)).status.ok());
+  while (server_->Snapshot().load.inflight_requests > 0) absl::SleepFor(absl::Milliseconds(1));
+  EXPECT_EQ(stalled.Finish().status.error_code(), grpc::StatusCode::CANCELLED);
+  EXPECT_EQ(Requests("CANCELLED", "CLIENT_STALLED"), 1);
+}
+
+TEST_F(CallEndTest, DeadlineEndsATailThatIsNotTaken) {
+  options_.max_deadline = absl::Seconds(2);
+  options_.send_buffer_bytes = 64 << 20;
+  Start();
+  const auto slow = NewSlowStub();
+  OpenCall stalled(slow.get(), Prompt(4096));
+  EXPECT_TRUE(stalled.Read().has_accepted());
+  EXPECT_LT(WaitUntilIdle(), absl::Seconds(3.5));
+  EXPECT_EQ(stalled.Finish().status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+}
+
+TEST_F(CallEndTest, SlowButSteadyClientGetsEverything) {
+  options_.write_stall_timeout = absl::Seconds(5);
+  Start();
+  const auto slow = NewSlowStub();
+  OpenCall call(slow.get(), Prompt(2048));
+  int64_t chunks = 0;
+  v1::PrefillResponse response = call.Read();
+  for (; !response.has_completed(); response = call.Read()) {
+    if (response.has_chunk() && ++chunks % 8 == 0) absl::SleepFor(absl::Milliseconds(50));
+  }
+  EXPECT_EQ(response.completed().num_chunks(), chunks);
+  EXPECT_TRUE(call.Finish().status.ok());
+  EXPECT_GT(Metric("headstart_kv_chunk_stall_seconds_count{model=\"tiny\"}"), 0);
+}
+
+// ---- the engine fails
+
+TEST_F(CallEndTest, NonFiniteValuesFailOneRequestOnly) {
+  Start();
+  backend_->PoisonOutput("Embed", 0);
+  const CallResult result = Run(Prompt(300));
+  EXPECT_EQ(result.status.error_code(), grpc::StatusCode::INTERNAL);
+  EXPECT_EQ(result.reason(), "NONFINITE_OUTPUT");
+  backend_->PoisonOutput("", 0);
+  EXPECT_TRUE(Run(Prompt(300)).status.ok());
+  EXPECT_EQ(Metric("headstart_nonfinite_outputs_total{model=\"tiny\"}"), 1);
+  EXPECT_EQ(Health(), "SERVING");
+}
+
+TEST_F(CallEndTest, OutOfMemoryFailsOneRequestOnly) {
+  Start();
+  backend_->SetHook([](const BackendCall& call) {
+    return call.op == "Attention" ? absl::ResourceExhaustedError("no memory for 7 bytes")
+                                  : absl::OkStatus();
+  });
+  const CallResult result = Run(Prompt(300));
+  EXPECT_EQ(result.status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_EQ(result.reason(), "OUT_OF_MEMORY");
+  backend_->SetHook(nullptr);
+  EXPECT_TRUE(Run(Prompt(300)).status.ok());
+}
+
+TEST_F(CallEndTest, LostBackendEndsTheServer) {
+  Start();
+  Barrier barrier(backend_, "Embed", 0);
+  const auto stub = NewStub();
+  OpenCall first(stub.get(), Prompt(10));
+  barrier.WaitUntilReached();
+  OpenCall queued(stub.get(), Prompt(10));
+  WaitForQueued(1);
+  backend_->SetHook([](const BackendCall& call) {
+    return call.op == "Attention" ? absl::InternalError("illegal memory access") : absl::OkStatus();
+  });
+  barrier.Open();
+  EXPECT_EQ(first.Finish().status.error_code(), grpc::StatusCode::INTERNAL);
+  const CallResult second = queued.Finish();
+  EXPECT_EQ(second.status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_EQ(second.reason(), "ENGINE_LOST");
+  EXPECT_EQ(Run(Prompt(10)).reason(), "ENGINE_LOST");
+  EXPECT_EQ(Health(), "NOT_SERVING");
+  EXPECT_EQ(Get("/readyz").status, 503);
+  server_->WaitForEnd();
+  EXPECT_THAT(server_->Shutdown(), StatusIs(absl::StatusCode::kInternal));
+}
+
+// ---- the server ends
+
+TEST_F(CallEndTest, DrainLetsAcceptedRequestsFinishAndRefusesNewOnes) {
+  Start();
+  Barrier barrier(backend_, "Attention", 1);
+  const auto stub = NewStub();
+  OpenCall running(stub.get(), Prompt(10));
+  barrier.WaitUntilReached();
+  OpenCall queued(stub.get(), Prompt(10));
+  WaitForQueued(1);
+  server_->Drain();
+  const CallResult refused = Run(Prompt(10));
+  EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_EQ(refused.reason(), "DRAINING");
+  EXPECT_EQ(Health(), "NOT_SERVING");
+  EXPECT_EQ(Health("headstart.v1.PrefillService"), "NOT_SERVING");
+  EXPECT_EQ(Get("/readyz").body, "draining\n");
+  EXPECT_EQ(Get("/healthz").status, 200);  // alive, and still answering
+  EXPECT_EQ(Metric("headstart_draining"), 1);
+  std::thread end([this] {
+    server_->WaitForEnd();
+    EXPECT_OK(server_->Shutdown());
+  });
+  barrier.Open();
+  EXPECT_TRUE(running.Finish().status.ok());
+  EXPECT_TRUE(queued.Finish().status.ok());
+  end.join();
+}
+
+TEST_F(CallEndTest, DrainTimeoutCancelsWhatIsLeft) {
+  options_.drain_timeout = absl::Milliseconds(100);
+  Start();
+  Barrier barrier(backend_, "Attention", 1);
+  const auto stub = NewStub();
+  OpenCall running(stub.get(), Prompt(10));
+  barrier.WaitUntilReached();
+  server_->Drain();
+  absl::Status ended;
+  std::thread end([this, &ended] {
+    server_->WaitForEnd();
+    ended = server_->Shutdown();
+  });
+  EXPECT_EQ(running.Finish().status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  barrier.Open();
+  end.join();
+  EXPECT_THAT(ended, StatusIs(absl::StatusCode::kDeadlineExceeded, ::testing::HasSubstr("1 ")));
+  EXPECT_EQ(Requests("UNAVAILABLE", "DRAINING"), 1);
+}
+
+TEST_F(CallEndTest, DestroyedServerEndsEverything) {
+  Start();
+  Barrier barrier(backend_, "Attention", 1);
+  const auto stub = NewStub();
+  OpenCall running(stub.get(), Prompt(10));
+  barrier.WaitUntilReached();
+  std::thread opener([&] {
+    EXPECT_EQ(running.Finish().status.error_code(), grpc::StatusCode::UNAVAILABLE);
+    barrier.Open();
+  });
+  server_.reset();
+  opener.join();
+}
+
+// ---- before and between
+
+TEST_F(CallEndTest, RefusesWhileTheModelIsLoading) {
+  Notification go_on;
+  StartLoading([this, &go_on] {
+    go_on.WaitForNotification();
+    return MakeEngine();
+  });
+  const CallResult refused = Run(Prompt(10));
+  EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_EQ(refused.reason(), "LOADING");
+  EXPECT_EQ(Health(), "NOT_SERVING");
+  EXPECT_EQ(Get("/readyz").status, 503);
+  EXPECT_EQ(Get("/readyz").body, "loading\n");
+  EXPECT_EQ(Get("/healthz").status, 200);
+  grpc::ClientContext context;
+  v1::GetModelInfoResponse info;
+  EXPECT_EQ(NewStub()->GetModelInfo(&context, {}, &info).error_code(),
+            grpc::StatusCode::UNAVAILABLE);
+  go_on.Notify();
+  ASSERT_OK(server_->WaitUntilLoaded());
+  EXPECT_EQ(Health(), "SERVING");
+  EXPECT_EQ(Get("/readyz").status, 200);
+  EXPECT_TRUE(Run(Prompt(10)).status.ok());
+}
+
+TEST_F(CallEndTest, FailedLoadIsTheEnd) {
+  StartLoading([]() -> absl::StatusOr<std::unique_ptr<Engine>> {
+    return absl::InvalidArgumentError("config.json: no model");
+  });
+  EXPECT_THAT(server_->WaitUntilLoaded(), StatusIs(absl::StatusCode::kInvalidArgument));
+  server_->WaitForEnd();
+  EXPECT_THAT(server_->Shutdown(), StatusIs(absl::StatusCode::kInvalidArgument));
+}
+
+TEST_F(CallEndTest, AttentionFlagsThatDoNotSuitTheModelAreAUsageError) {
+  options_.attention.request.num_proxies = 3;
+  StartLoading([this] { return MakeEngine(); });
+  const absl::Status status = server_->WaitUntilLoaded();
+  EXPECT_THAT(status,
+              StatusIs(absl::StatusCode::kInvalidArgument, ::testing::HasSubstr("num_proxies=3")));
+  EXPECT_TRUE(IsUsageError(status));
+}
+
+TEST_F(CallEndTest, ComputeThatStandsStillIsNotHealthy) {
+  options_.stuck_after = absl::Milliseconds(500);
+  Start();
+  Barrier barrier(backend_, "Attention", 0);
+  const auto stub = NewStub();
+  OpenCall call(stub.get(), Prompt(10));
+  barrier.WaitUntilReached();
+  while (Health() != "NOT_SERVING") absl::SleepFor(absl::Milliseconds(10));
+  EXPECT_EQ(Get("/readyz").status, 503);
+  EXPECT_EQ(Get("/healthz").status, 503);
+  EXPECT_EQ(Metric("headstart_ready"), 0);
+  barrier.Open();
+  EXPECT_TRUE(call.Finish().status.ok());
+  while (Health() != "SERVING") absl::SleepFor(absl::Milliseconds(10));
+  EXPECT_EQ(Get("/healthz").status, 200);
+}
+
+}  // namespace
+}  // namespace headstart::testing

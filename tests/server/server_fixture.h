@@ -1,0 +1,117 @@
+// A server in this process over a tiny model, and calls to it without a client library: what gRPC
+// itself sees.
+#pragma once
+
+#include <grpcpp/grpcpp.h>
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "google/rpc/error_details.pb.h"
+#include "headstart/v1/prefill.grpc.pb.h"
+#include "server/server.h"
+#include "tests/testing/fault_backend.h"
+#include "tests/testing/temp_dir.h"
+#include "tests/testing/tiny_model.h"
+
+namespace headstart::testing {
+
+// How a call ended.
+struct CallResult {
+  grpc::Status status;
+  std::vector<v1::PrefillResponse> responses;
+  std::string request_id;  // initial metadata x-request-id
+
+  std::string reason() const;  // of ErrorInfo; empty without one
+  std::string field() const;   // of the first BadRequest violation
+  bool has_retry_delay() const;
+};
+
+// Prompt of `count` ids that every tiny model knows.
+v1::PrefillRequest Prompt(int64_t count);
+
+class ServerTest : public ::testing::Test {
+ protected:
+  // Port 0, one small model with room for `max_positions` tokens, KV in f32: 1 KiB a token.
+  ServerTest();
+  // What was accepted has ended, and everything came back.
+  void TearDown() override;
+
+  // Starts the server with `options_` and waits until it serves.
+  void Start();
+  // Does not wait for the model.
+  void StartLoading(Server::EngineFactory make_engine);
+  absl::StatusOr<std::unique_ptr<Engine>> MakeEngine();
+
+  std::unique_ptr<v1::PrefillService::Stub> NewStub() const;
+  std::shared_ptr<grpc::Channel> NewChannel(
+      const grpc::ChannelArguments& arguments = grpc::ChannelArguments()) const;
+
+  // Runs a prompt to its end. `prepare` may change the context before.
+  CallResult Run(const v1::PrefillRequest& request,
+                 const std::function<void(grpc::ClientContext&)>& prepare = nullptr) const;
+
+  // grpc.health.v1.Health/Check of the service; what it says, or the error as text.
+  std::string Health(const std::string& service = "") const;
+
+  // GET or POST on the admin server: status and body.
+  struct HttpAnswer {
+    int status = 0;
+    std::string body;
+  };
+  HttpAnswer Get(const std::string& path) const;
+  HttpAnswer Post(const std::string& path) const;
+  // The value of a line of /metrics, given all before the blank; -1 when there is none.
+  double Metric(const std::string& series) const;
+
+  std::string target() const { return "127.0.0.1:" + std::to_string(server_->port()); }
+
+  TempDir dir_;
+  TinyModelOptions model_;
+  ServerOptions options_;
+  FaultBackend* backend_ = nullptr;  // the engine's, once loaded
+  std::unique_ptr<Server> server_;
+};
+
+// Holds the engine at an operation of a layer until it is told to go on.
+class Barrier {
+ public:
+  Barrier(FaultBackend* backend, const std::string& op, int32_t layer);
+  // Lets the engine go, now and later.
+  ~Barrier();
+
+  void WaitUntilReached();
+  void Open();
+
+ private:
+  struct State {
+    Mutex mutex;
+    CondVar changed;
+    bool reached ABSL_GUARDED_BY(mutex) = false;
+    bool open ABSL_GUARDED_BY(mutex) = false;
+  };
+
+  const std::shared_ptr<State> state_ = std::make_shared<State>();  // also the engine's, while held
+};
+
+// A call that is under way, read message by message.
+class OpenCall {
+ public:
+  OpenCall(v1::PrefillService::Stub* stub, const v1::PrefillRequest& request,
+           const std::function<void(grpc::ClientContext&)>& prepare = nullptr);
+
+  // The next message; a CHECK fails when there is none.
+  v1::PrefillResponse Read();
+  grpc::ClientContext& context() { return context_; }
+  // Reads what is left.
+  CallResult Finish();
+
+ private:
+  grpc::ClientContext context_;
+  std::unique_ptr<grpc::ClientReader<v1::PrefillResponse>> reader_;
+};
+
+}  // namespace headstart::testing
