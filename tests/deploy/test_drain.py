@@ -8,11 +8,13 @@ import pytest
 from headstart import HeadstartError, PrefillClient
 
 from live import Server
-from load import LONG, prompt
+from load import prompt
 from tiny_model import write_tiny_model
 
 NUM_SERVERS = 3
 NUM_CLIENTS = 4
+LONG = 2048
+FEW = 12  # requests that are answered between two restarts, at least
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ class Clients:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         # One channel: gRPC's round_robin with health checking spreads the calls over the servers.
-        self._client = PrefillClient("ipv4:" + ",".join(targets), timeout_s=30, max_attempts=5)
+        self._client = PrefillClient("ipv4:" + ",".join(targets), timeout_s=60, max_attempts=5)
         self._threads = [threading.Thread(target=self._run, args=(number,), daemon=True)
                          for number in range(NUM_CLIENTS)]
         for thread in self._threads:
@@ -39,7 +41,7 @@ class Clients:
         while not self._stop.is_set():
             turn += 1
             try:
-                result = self._client.prefill(prompt(LONG if turn % 3 == 0 else 300, seed=number))
+                result = self._client.prefill(prompt(LONG if turn % 4 == 0 else 300, seed=number))
                 with self._lock:
                     self.done += 1
                     self.attempts[result.attempts] += 1
@@ -56,18 +58,18 @@ class Clients:
 def wait_until_done(clients, more):
     """Until this many requests more have been answered: the load reached what was started."""
     goal = clients.done + more
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120  # a busy machine
     while clients.done < goal:
         assert time.monotonic() < deadline, f"{clients.done} of {goal}; failures: {clients.failures}"
         time.sleep(0.02)
 
 
 def test_no_request_fails_during_a_rolling_restart(model, tmp_path):
-    servers = [Server(model, tmp_path, f"server-{index}") for index in range(NUM_SERVERS)]
+    servers = [Server(model, tmp_path, f"server-{index}", "--threads=1") for index in range(NUM_SERVERS)]
     targets = [server.target for server in servers]
     clients = Clients(targets)
     try:
-        wait_until_done(clients, 20)
+        wait_until_done(clients, FEW)
         for index, server in enumerate(servers):
             answered = server.value("headstart_requests_total", code="OK")
             assert answered > 0, "the load does not reach this server"
@@ -75,9 +77,9 @@ def test_no_request_fails_during_a_rolling_restart(model, tmp_path):
             server.terminate()
             assert server.wait() == 0, server.log_text()
             drained = time.monotonic()
-            servers[index] = Server(model, tmp_path, f"server-{index}", listen=targets[index])
+            servers[index] = Server(model, tmp_path, f"server-{index}", "--threads=1", listen=targets[index])
             print(f"server {index}: drained in {drained - start:.2f} s, back after {time.monotonic() - start:.2f} s")
-            wait_until_done(clients, 20)
+            wait_until_done(clients, FEW)
             assert not clients.failures, clients.failures
         clients.stop()
     finally:
@@ -85,4 +87,4 @@ def test_no_request_fails_during_a_rolling_restart(model, tmp_path):
             server.__exit__()
     assert not clients.failures, clients.failures
     print(f"{clients.done} requests; attempts: {dict(clients.attempts)}")
-    assert sum(clients.attempts.values()) == clients.done > 20 * (NUM_SERVERS + 1)
+    assert sum(clients.attempts.values()) == clients.done >= FEW * (NUM_SERVERS + 1)
