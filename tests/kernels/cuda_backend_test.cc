@@ -1,5 +1,5 @@
-// What is the CUDA backend's own: the search for algorithms, errors that leave
-// the device whole, what it refuses.
+// What is the CUDA backend's own: the search for algorithms, errors that leave the device whole,
+// what it refuses.
 #include "tests/kernels/backend_test.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/tensor_compare.h"

@@ -7,7 +7,7 @@ Every ranking and every count must be the specification's, but where the specifi
 within rounding of a tie: two neighbours in a ranking whose scores differ by less than `score_margin`,
 or a budget whose mass comes within `mass_margin` of gamma. Both margins are bounds of the error of a
 float32 computation (float64 for "Reference"), given with the cases. How many rows needed them is
-printed, and more than 2 % is a failure. Exit code 77: numpy, or the implementation, is not here.
+printed, and more than 1 % is a failure. Exit code 77: numpy, or the implementation, is not here.
 """
 
 import argparse
@@ -27,7 +27,7 @@ except ImportError:
 import proxy_attn_spec as spec
 
 SKIPPED = 77
-MAX_TIED_SHARE = 0.02
+MAX_TIED_SHARE = 0.01
 
 
 @dataclasses.dataclass
@@ -170,6 +170,19 @@ def edge_cases(rng, bf16):
     options = spec.Options(num_proxies=9, stride=4, floor_tokens=0, dense_below_tokens=0,
                            dense_above_density=1.0)
     yield Case(9, 3, 64, bf16, [640, 1200], False, 0, options, q, k)
+
+
+def long_cases(rng, bf16):
+    """The presets at a length that they are for, with a ragged end."""
+    tokens = 8192 + 37
+    q, k = structured(rng, tokens, 9, 3, 64, bf16)
+    paper = spec.Options(num_proxies=1, stride=4, budget=spec.OWN, gamma=0.95, sink_blocks=0,
+                         local_blocks=0, dense_tail_blocks=0)
+    balanced = spec.Options(num_proxies=9, stride=16, budget=spec.SHARED, gamma=0.8)
+    fast = spec.Options(num_proxies=9, stride=16, budget=spec.SHARED, gamma=0.6, floor_tokens=1024)
+    for options, ends in ((paper, [tokens]), (balanced, [4096, tokens]), (fast, [tokens])):
+        options.gamma = float(np.float32(options.gamma))
+        yield Case(9, 3, 64, bf16, ends, True, 0, options, q, k)
 
 
 def tie_case(bf16):
@@ -364,7 +377,7 @@ def main():
     args = parser.parse_args()
     bf16 = args.dtype == "bf16"
     rng = np.random.default_rng(args.seed)
-    cases = [*random_cases(rng, bf16), *edge_cases(rng, bf16)]
+    cases = [*random_cases(rng, bf16), *edge_cases(rng, bf16), *long_cases(rng, bf16)]
     stream = run_dump(args, [tie_case(bf16), *cases])
     if stream is None:
         return SKIPPED
