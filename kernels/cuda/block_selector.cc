@@ -216,16 +216,18 @@ absl::StatusOr<BlockSelection> BlockSelector::Read(cudaStream_t stream) const {
   SelectionTotals totals{};
   HEADSTART_RETURN_IF_ERROR(Copy(totals_, sizeof(totals), &totals, stream));
   selection.dense_fallback = totals.dense_fallback != 0;
-  // Without scores (dense by rule) all are equal: the ranking is by index.
-  std::vector<float> scores(shape_.num_proxies * shape_.num_rows * shape_.score_stride);
-  if (!dense_by_rule_)
-    HEADSTART_RETURN_IF_ERROR(Copy(scores_, scores.size() * sizeof(float), scores.data(), stream));
   selection.ranking.resize(shape_.num_proxies * selection.RankingStride());
   for (int32_t p = 0; p < shape_.num_proxies; ++p) {
     for (int64_t row = 0; row < shape_.num_rows; ++row) {
       const int64_t m = shape_.first_row + row;
+      // Without scores (dense by rule) all are equal: the ranking is by index.
+      std::vector<float> scores(m + 1);
+      if (!dense_by_rule_) {
+        const float* from = scores_ + (p * shape_.num_rows + row) * shape_.score_stride;
+        HEADSTART_RETURN_IF_ERROR(Copy(from, (m + 1) * sizeof(float), scores.data(), stream));
+      }
       RankRow(
-          m, shape_, scores.data() + (p * shape_.num_rows + row) * shape_.score_stride,
+          m, shape_, scores.data(),
           selection.ranking.data() + p * selection.RankingStride() + selection.RankingOffset(m));
     }
   }

@@ -6,6 +6,7 @@
 #include "kernels/base/nonfinite.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/cuda/launchers.h"
+#include "kernels/cuda/weight_upload.h"
 
 namespace headstart::cuda {
 namespace {
@@ -76,33 +77,6 @@ absl::Status CheckHeads(const HeadShape& shape) {
       ": KV heads must divide query heads, head_dim must be 64 or 128"));
 }
 
-float ElementAsFloat(const void* data, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::kBF16:
-      return static_cast<float>(static_cast<const BFloat16*>(data)[i]);
-    case DType::kF16:
-      return Float16ToFloat(static_cast<const uint16_t*>(data)[i]);
-    default:
-      return static_cast<const float*>(data)[i];
-  }
-}
-
-void ConvertElements(const HostTensor& from, int64_t begin, int64_t count, DType dtype, void* to) {
-  if (from.dtype == dtype) {
-    const int64_t size = DTypeBytes(dtype);
-    std::memcpy(to, static_cast<const char*>(from.data) + begin * size, count * size);
-    return;
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const float value = ElementAsFloat(from.data, from.dtype, begin + i);
-    if (dtype == DType::kBF16) {
-      static_cast<BFloat16*>(to)[i] = BFloat16(value);
-    } else {
-      static_cast<float*>(to)[i] = value;
-    }
-  }
-}
-
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const BackendOptions& options) {
@@ -160,28 +134,6 @@ absl::Status CudaBackend::Download(const void* device, int64_t bytes, void* host
 
 // ---- weights
 
-absl::Status CudaBackend::UploadAs(const HostTensor& tensor, DType dtype, void* device) {
-  const int64_t size = DTypeBytes(dtype);
-  const auto fill = [&](void* target, int64_t offset, int64_t count) {
-    ConvertElements(tensor, offset / size, count / size, dtype, target);
-  };
-  return transfer_.Upload(fill, tensor.rows * tensor.cols * size, device, stream_.get());
-}
-
-absl::StatusOr<DeviceMemory> CudaBackend::UploadParts(absl::Span<const HostTensor> parts,
-                                                      DType dtype) {
-  int64_t elements = 0;
-  for (const HostTensor& part : parts) elements += part.rows * part.cols;
-  if (elements == 0) return DeviceMemory();
-  HEADSTART_ASSIGN_OR_RETURN(DeviceMemory memory, AllocateDevice(elements * DTypeBytes(dtype)));
-  char* target = static_cast<char*>(memory.get());
-  for (const HostTensor& part : parts) {
-    HEADSTART_RETURN_IF_ERROR(UploadAs(part, dtype, target));
-    target += part.rows * part.cols * DTypeBytes(dtype);
-  }
-  return memory;
-}
-
 absl::StatusOr<std::unique_ptr<LinearWeight>> CudaBackend::PrepareLinear(
     absl::Span<const HostTensor> parts, absl::Span<const HostTensor> biases) {
   int64_t out_features = 0;
@@ -192,23 +144,28 @@ absl::StatusOr<std::unique_ptr<LinearWeight>> CudaBackend::PrepareLinear(
         "a weight with ", in_features, " input features; the CUDA backend takes multiples of 8"));
   }
   CudaLinearWeight::Memory memory;
-  HEADSTART_ASSIGN_OR_RETURN(memory.weight, UploadParts(parts, DType::kBF16));
-  HEADSTART_ASSIGN_OR_RETURN(memory.bias_bf16, UploadParts(biases, DType::kBF16));
-  HEADSTART_ASSIGN_OR_RETURN(memory.bias_f32, UploadParts(biases, DType::kF32));
+  HEADSTART_ASSIGN_OR_RETURN(memory.weight,
+                             UploadParts(parts, DType::kBF16, transfer_, stream_.get()));
+  HEADSTART_ASSIGN_OR_RETURN(memory.bias_bf16,
+                             UploadParts(biases, DType::kBF16, transfer_, stream_.get()));
+  HEADSTART_ASSIGN_OR_RETURN(memory.bias_f32,
+                             UploadParts(biases, DType::kF32, transfer_, stream_.get()));
   return std::make_unique<CudaLinearWeight>(in_features, out_features, std::move(memory));
 }
 
 absl::StatusOr<Buffer> CudaBackend::PrepareVector(const HostTensor& vector) {
   HEADSTART_ASSIGN_OR_RETURN(Buffer buffer,
                              Allocate(vector.rows * vector.cols * DTypeBytes(DType::kF32)));
-  HEADSTART_RETURN_IF_ERROR(UploadAs(vector, DType::kF32, buffer.data()));
+  HEADSTART_RETURN_IF_ERROR(
+      UploadTensor(vector, DType::kF32, buffer.data(), transfer_, stream_.get()));
   return buffer;
 }
 
 absl::StatusOr<Buffer> CudaBackend::PrepareTable(const HostTensor& table) {
   HEADSTART_ASSIGN_OR_RETURN(Buffer buffer,
                              Allocate(table.rows * table.cols * DTypeBytes(DType::kBF16)));
-  HEADSTART_RETURN_IF_ERROR(UploadAs(table, DType::kBF16, buffer.data()));
+  HEADSTART_RETURN_IF_ERROR(
+      UploadTensor(table, DType::kBF16, buffer.data(), transfer_, stream_.get()));
   return buffer;
 }
 

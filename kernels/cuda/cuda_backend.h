@@ -68,10 +68,6 @@ class CudaBackend : public Backend {
 
   void Free(void* data) override;
   absl::Status CheckLayer(int32_t layer) const;
-  // Uploads `tensor` as `dtype` to device memory.
-  absl::Status UploadAs(const HostTensor& tensor, DType dtype, void* device);
-  // Concatenates parts. Null for no parts.
-  absl::StatusOr<DeviceMemory> UploadParts(absl::Span<const HostTensor> parts, DType dtype);
   // Adds what an Attention call executed to its layer's statistics.
   absl::Status CountBlocks(const AttentionArgs& args);
 

@@ -37,9 +37,9 @@ class CublasLtGemm {
   static absl::StatusOr<std::unique_ptr<CublasLtGemm>> Create();
   ~CublasLtGemm();
 
-  // out = in W^T + b, or out += it. out: bf16 or f32. Enqueues on `stream`. The
-  // first product of a shape looks for the fastest algorithm, with trial runs when it is large;
-  // numbers of rows share one search up to the next power of two.
+  // out = in W^T + b, or out += it. out: bf16 or f32. Enqueues on `stream`. The first product of a
+  // shape looks for the fastest algorithm, with trial runs when it is large; numbers of rows share
+  // one search up to the next power of two.
   absl::Status Multiply(const CudaLinearWeight& weight, const Matrix& in, const Matrix& out,
                         LinearOutput mode, cudaStream_t stream);
 

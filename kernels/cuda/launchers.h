@@ -23,8 +23,8 @@ struct EmbeddingParams {
 };
 cudaError_t LaunchEmbedding(const EmbeddingParams& params, cudaStream_t stream);
 
-// out = x / sqrt(mean(x^2) + eps) * weight, row by row. weight: f32 [hidden]; hidden a multiple
-// of 8.
+// out = x / sqrt(mean(x^2) + eps) * weight, row by row. weight: f32 [hidden]; hidden a multiple of
+// 8.
 struct RmsNormParams {
   const void* x;
   const float* weight;
@@ -34,8 +34,8 @@ struct RmsNormParams {
 };
 cudaError_t LaunchRmsNorm(const RmsNormParams& params, cudaStream_t stream);
 
-// out = silu(gate) * up; gate_up: [rows, 2 cols], gate first; out: [rows, cols]; cols a multiple
-// of 8.
+// out = silu(gate) * up; gate_up: [rows, 2 cols], gate first; out: [rows, cols]; cols a multiple of
+// 8.
 struct SwiGluParams {
   const void* gate_up;
   void* out;

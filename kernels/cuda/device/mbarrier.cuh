@@ -64,8 +64,8 @@ __device__ __forceinline__ void NamedArrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// A ring of `kStages` buffers is walked by a running index: its slot, and the parity of its
-// current round.
+// A ring of `kStages` buffers is walked by a running index: its slot, and the parity of its current
+// round.
 template <int kStages>
 __device__ __forceinline__ uint32_t RingSlot(uint32_t index) {
   return index % kStages;

@@ -206,37 +206,41 @@ def dense(library):
 
 
 def sparse(library):
+    configs = [(64, 8, 3), (128, 8, 2), (64, 4, 3)]
     for tokens in (32768, 131072, 262144):
         ours = Headstart(library, 32, 8, 128, tokens)
         flops = 2 * tokens * tokens * 128 * 32
-        configs = [(64, 8, 3), (128, 8, 2), (64, 4, 3)] if tokens == 32768 else [best_config]
-        for target in (0.3, 0.2, 0.1, 0.05) + ((0.08,) if tokens == 262144 else ()):
+        long = tokens == 262144
+        for target in (0.08, 0.3, 0.1, 0.05) if long else (0.3, 0.2, 0.1, 0.05):
             options = dict(num_proxies=32, stride=16, forced_density=target)
             ours.select(**options)
             density = ours.density()
             ours.out.fill_(float("nan"))
             ours.attention(selected=1)
             mine = ours.out.clone()
-            functions = {"ours": lambda: ours.attention(selected=1), "dense": ours.attention}
-            if tokens == 262144:
-                functions["with selection"] = lambda: (ours.select(**options), ours.attention(selected=1))
-                functions["cudnn"] = ours.cudnn
-            for config in configs:
-                functions[f"triton {config}"] = lambda config=config: triton_attention(ours, config)
             triton_attention(ours, configs[0])
             check("sparse against Triton", relative_error(mine, ours.out))
             del mine
-            ms = interleaved(functions, seconds=0.3, rounds=3)
-            triton_ms, best_config = min((ms[f"triton {c}"], c) for c in configs)
-            rate = flops * density / ms["ours"] / 1e9
+            functions = {"ours": lambda: ours.attention(selected=1)}
+            for config in configs:
+                functions[f"triton {config}"] = lambda config=config: triton_attention(ours, config)
+            if not long or target == 0.08:  # a second each at 256K: once is enough
+                functions["dense"] = ours.attention
+            if long and target == 0.08:
+                functions["with selection"] = lambda: (ours.select(**options), ours.attention(selected=1))
+                functions["cudnn"] = ours.cudnn
+            ms = interleaved(functions, seconds=0.4, rounds=2 if long else 4)
+            dense_ms = ms.get("dense", dense_ms if long else None)
+            triton_ms, best = min((ms[f"triton {c}"], c) for c in configs)
+            configs = [best] if tokens > 32768 else configs
             row = dict(what="sparse", tokens=tokens, density=density, blocks_per_tile=ours.counts().float().mean().item(),
-                       ours_ms=ms["ours"], tflops=rate, of_dense_rate=density * ms["dense"] / ms["ours"], triton_ms=triton_ms,
-                       triton_over_ours=triton_ms / ms["ours"])
+                       ours_ms=ms["ours"], tflops=flops * density / ms["ours"] / 1e9, of_dense_rate=density * dense_ms / ms["ours"],
+                       triton_ms=triton_ms, triton_over_ours=triton_ms / ms["ours"])
             if "cudnn" in ms:
-                row |= dict(with_selection_ms=ms["with selection"], cudnn_ms=ms["cudnn"], dense_ms=ms["dense"],
+                row |= dict(with_selection_ms=ms["with selection"], cudnn_ms=ms["cudnn"], dense_ms=dense_ms,
                             cudnn_over_ours_with_selection=ms["cudnn"] / ms["with selection"])
             record(**row)
-        del ours
+        del ours, functions
         torch.cuda.empty_cache()
 
 
@@ -249,7 +253,7 @@ def select(library):
         functions["g=32 s=16, fixed budget"] = lambda: ours.select(num_proxies=32, stride=16, forced_density=0.1)
         for name, ms in interleaved(functions, seconds=0.2, rounds=4).items():
             record(what="select", tokens=tokens, setting=name, ms=ms)
-        del ours
+        del ours, functions
         torch.cuda.empty_cache()
 
 
