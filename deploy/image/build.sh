@@ -10,7 +10,7 @@ install -D --strip /tmp/build/bin/headstart /opt/headstart/bin/headstart
 rm -r /tmp/build
 ldd /opt/headstart/bin/headstart >/tmp/libraries
 if grep 'not found' /tmp/libraries; then exit 1; fi
-# By name: dpkg knows some libraries below /usr/lib that the loader finds in /lib.
-sed -n 's|.*=> .*/\([^/]*\) (.*|*/\1|p' /tmp/libraries | xargs dpkg-query --search |
+# By name and last folder: dpkg knows some libraries below /usr/lib that the loader finds in /lib.
+sed -n 's|.*=> .*/\([^/]*/[^/]*\) (.*|*/\1|p' /tmp/libraries | xargs dpkg-query --search |
   sed 's/: .*//; s/:amd64$//' | sort -u >/opt/headstart/runtime_packages
 rm /tmp/libraries
