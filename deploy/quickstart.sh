@@ -79,7 +79,7 @@ start_server() {
 
 ask() {
   "$python" "$deploy_dir/quickstart/make_prompt.py" "$model_dir" "$text_file" "$question" >"$scratch/prompt.json"
-  say "Asking about $text_file: $(tr -cd , <"$scratch/prompt.json" | wc -c) tokens, attention $attention"
+  say "Asking about $text_file: $(wc -w <"$scratch/prompt.json") tokens, attention $attention"
   note "$question"
   say "Answer, decoded in a process of its own (headstart-decode) from the KV cache that came over gRPC:"
   "$build_dir/bin/headstart-decode" --target "$target" --model "$model_dir" --tokens-file "$scratch/prompt.json" \
