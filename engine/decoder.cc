@@ -70,7 +70,7 @@ absl::Status Decoder::Allocate(int64_t max_rows) {
 }
 
 absl::Status Decoder::StartSequence() {
-  const std::vector<float> zeros(static_cast<size_t>(config_.num_layers * config_.heads.num_heads));
+  const std::vector<float> zeros(static_cast<size_t>(budget_ratio_.bytes()) / sizeof(float));
   return backend_.Upload(zeros.data(), budget_ratio_.bytes(), budget_ratio_.data());
 }
 
@@ -147,7 +147,8 @@ absl::Status Decoder::RunAttention(int32_t layer, const Chunk& chunk, int64_t fi
     select.layer = layer;
     select.ends_prompt = chunk.ends_prompt;
     select.options = chunk.proxy_attn;
-    select.budget_ratio = static_cast<float*>(budget_ratio_.data()) + layer * heads.num_heads;
+    select.budget_ratio =
+        static_cast<float*>(budget_ratio_.data()) + int64_t{layer} * heads.num_heads;
     HEADSTART_RETURN_IF_ERROR(backend_.SelectBlocks(select));
   }
   return backend_.Attention(attention);

@@ -99,7 +99,7 @@ absl::StatusOr<json> ParseJson(absl::string_view text, absl::string_view file,
 }
 
 const json* JsonFields::Find(absl::string_view name) const {
-  const auto found = object_.find(std::string(name));
+  const auto found = object_.find(std::string{name});
   return found == object_.end() || found->is_null() ? nullptr : &*found;
 }
 
@@ -162,7 +162,7 @@ absl::StatusOr<std::string> JsonFields::String(absl::string_view name) const {
 
 absl::StatusOr<std::string> JsonFields::StringOr(absl::string_view name,
                                                  absl::string_view fallback) const {
-  if (!Has(name)) return std::string(fallback);
+  if (!Has(name)) return std::string{fallback};
   return String(name);
 }
 

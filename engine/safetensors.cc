@@ -201,7 +201,7 @@ absl::StatusOr<absl::flat_hash_map<std::string, std::string>> ParseSafetensorsIn
   if (!root.is_object()) {
     return absl::InvalidArgumentError(absl::StrCat(file, ": not a JSON object"));
   }
-  const JsonFields fields(root, std::string(file));
+  const JsonFields fields(root, std::string{file});
   HEADSTART_ASSIGN_OR_RETURN(const JsonFields weight_map, fields.Object("weight_map"));
   absl::flat_hash_map<std::string, std::string> shards;
   for (const auto& [name, value] : weight_map.object().items()) {
