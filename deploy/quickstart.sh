@@ -23,7 +23,7 @@ USAGE
 
 model_dir='' smollm2_file='' keep=no attention=balanced
 text_file=/usr/share/common-licenses/GPL-3
-question='What is the name of the license above, and who publishes it?'
+question='What is the name of the license above?'
 build_dir=$repo_dir/build/quickstart
 server_pid='' scratch=''
 
