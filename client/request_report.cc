@@ -90,7 +90,7 @@ std::string FormatKv(const PrefillOutcome& outcome) {
   const v1::Completed& completed = outcome.completed;
   const v1::KvLayout& layout = completed.manifest().layout();
   return absl::StrFormat(
-      "KV  %.1f MB in %d chunks at %.2f GB/s, first after %.3f s, last after %.3f s\n"
+      "KV  %.1f MB in %d chunks at %.3f GB/s, first after %.3f s, last after %.3f s\n"
       "    %d layers, %d KV heads, head_dim %d, %s\n",
       completed.kv_bytes() / 1e6, completed.num_chunks(), KvGigabytesPerSecond(outcome),
       Seconds(outcome.timing.first_chunk), Seconds(outcome.timing.last_chunk), layout.num_layers(),

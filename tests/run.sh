@@ -32,8 +32,8 @@ build() {
   shift 2
   say "Building $target ($preset)"
   if command -v ccache >/dev/null; then set -- "$@" -DCMAKE_CXX_COMPILER_LAUNCHER=ccache; fi
-  cmake --preset "$preset" "$@" >"build-$preset.log" 2>&1 || { cat "build-$preset.log" >&2; die "cmake failed"; }
-  rm "build-$preset.log"
+  mkdir -p build
+  cmake --preset "$preset" "$@" >"build/$preset.log" 2>&1 || { cat "build/$preset.log" >&2; die "cmake failed"; }
   cmake --build "build/$preset" --target "$target"
 }
 
