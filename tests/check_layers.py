@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fails when a source file includes what its layer must not know. usage: check_layers.py REPO_ROOT
 
-The table below is the one in README.md. The most specific folder of a file decides.
+The table below is the one in README.md. The most specific entry for a file decides.
 """
 import pathlib
 import re
@@ -11,7 +11,7 @@ PROJECT = ("kernels/", "engine/", "server/", "client/", "tests/", "headstart/", 
 GENERATED = ("headstart/v1/", "google/rpc/")
 BASE = ("kernels/base/",)
 
-# Folder: the headers of this project that its files may include.
+# Folder or file: the headers of this project that may be included there.
 MAY_INCLUDE = {
     "kernels/base/": BASE,
     "kernels/": (*BASE, "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h", "kernels/make_backend.h",
