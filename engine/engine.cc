@@ -94,6 +94,8 @@ void AddStats(const BackendStats& stats, PrefillResult& result) {
                                        ? 1.0f
                                        : static_cast<float>(layer.executed_blocks) /
                                              static_cast<float>(layer.causal_blocks));
+    result.layer_executed_blocks.push_back(layer.executed_blocks);
+    result.layer_causal_blocks.push_back(layer.causal_blocks);
     result.executed_blocks += layer.executed_blocks;
     result.causal_blocks += layer.causal_blocks;
     result.dense_fallbacks += layer.dense_fallbacks;

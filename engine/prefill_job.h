@@ -28,6 +28,9 @@ struct PrefillJob {
 struct PrefillResult {
   SampledToken first_token;
   std::vector<float> layer_density;  // executed / causal blocks
+  // By layer. The last one attends only for the rows that the first token needs.
+  std::vector<int64_t> layer_executed_blocks;
+  std::vector<int64_t> layer_causal_blocks;
   int64_t executed_blocks = 0;
   int64_t causal_blocks = 0;
   int64_t dense_fallbacks = 0;

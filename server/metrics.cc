@@ -187,18 +187,16 @@ void Metrics::RecordComputed(const CallRecord& record) {
   fallback_density_.Increment(static_cast<double>(record.result->dense_fallbacks));
 }
 
-// Every layer has the same causal blocks; the densities are exact ratios to them.
 void Metrics::RecordBlocks(const PrefillResult& result) {
-  if (result.causal_blocks == 0 || executed_blocks_.size() != result.layer_density.size()) return;
+  if (result.causal_blocks == 0) return;
   density_.Observe(static_cast<double>(result.executed_blocks) /
                    static_cast<double>(result.causal_blocks));
-  const double causal_of_layer =
-      static_cast<double>(result.causal_blocks) / static_cast<double>(result.layer_density.size());
-  for (size_t layer = 0; layer < result.layer_density.size(); ++layer) {
-    const double density = result.layer_density[layer];
-    executed_blocks_[layer]->Increment(density * causal_of_layer);
-    causal_blocks_[layer]->Increment(causal_of_layer);
-    sparsity_[layer]->Set(1.0 - density);
+  for (size_t layer = 0; layer < result.layer_causal_blocks.size(); ++layer) {
+    const auto executed = static_cast<double>(result.layer_executed_blocks[layer]);
+    const auto causal = static_cast<double>(result.layer_causal_blocks[layer]);
+    executed_blocks_[layer]->Increment(executed);
+    causal_blocks_[layer]->Increment(causal);
+    sparsity_[layer]->Set(1.0 - executed / causal);
   }
 }
 

@@ -27,6 +27,12 @@ class OptionGroup {
     Finish(flag, app_->add_option("--" + flag, *value, help));
   }
 
+  // Separated by commas, empty if not given.
+  template <typename T>
+  void AddList(const std::string& flag, std::vector<T>* values, const std::string& help) {
+    Finish(flag, app_->add_option("--" + flag, *values, help)->delimiter(','));
+  }
+
   template <typename T>
   void AddPositive(const std::string& flag, T* value, const std::string& help) {
     Add(flag, value, help)->check(CLI::PositiveNumber);
@@ -132,10 +138,8 @@ void AddAttentionOptions(CLI::App* app, AttentionDefaults* a) {
   group.AddOptional(
       "dense-above-density", &a->dense_above_density,
       "Selections that keep more than this share run dense; not to be changed by requests");
-  group
-      .Add("dense-layers", &a->dense_layers,
-           "Layers that always run dense; not to be changed by requests")
-      ->delimiter(',');
+  group.AddList("dense-layers", &a->dense_layers,
+                "Layers that always run dense; not to be changed by requests");
 }
 
 void AddListenerOptions(CLI::App* app, ServerOptions* o) {
@@ -148,15 +152,13 @@ void AddListenerOptions(CLI::App* app, ServerOptions* o) {
   group.AddChoice<Reflection>(
       "reflection", &o->reflection,
       {{"auto", Reflection::kAuto}, {"on", Reflection::kOn}, {"off", Reflection::kOff}},
-      "gRPC reflection; auto: only when the service listens on loopback");
+      "gRPC reflection (auto: when the service listens on loopback)");
   group.Add("tls-cert", &o->tls.cert_file, "Certificate chain, PEM; empty: plain text");
   group.Add("tls-key", &o->tls.key_file, "Private key of the certificate, PEM");
   group.Add("tls-client-ca", &o->tls.client_ca_file,
             "Clients must show a certificate that this CA signed, PEM");
-  group
-      .Add("tls-allowed-san", &o->tls.allowed_sans,
-           "Subject alternative names of clients that may call the service; empty: all")
-      ->delimiter(',');
+  group.AddList("tls-allowed-san", &o->tls.allowed_sans,
+                "Subject alternative names of clients that may call the service; empty: all");
   group.AddPositive("tls-reload-seconds", &o->tls.reload_seconds,
                     "How often certificate files are looked at for changes");
 }
@@ -282,6 +284,8 @@ absl::Status ApplyConfigFile(CLI::App* app, const std::string& path) {
           absl::StrCat(path, ": ", item.fullname(), " is not an option of ", app->get_name()));
     }
     if (option->count() > 0) continue;  // command line or environment
+    // What has no default is printed as name = "".
+    if (option->get_default_str().empty() && item.inputs == std::vector<std::string>{""}) continue;
     try {
       option->add_result(item.inputs);
       option->run_callback();

@@ -76,11 +76,6 @@ int FailToStart(const absl::Status& status) {
   return kExitListen;
 }
 
-void SetRunning(Mutex* mutex, Server** running, Server* server) {
-  MutexLock lock(mutex);
-  *running = server;
-}
-
 // The effective values in the form of a config file.
 void PrintConfig(const CLI::App& command) {
   std::cout << command.config_to_str(/*default_also=*/true, /*write_description=*/true) << "\n";
@@ -124,8 +119,8 @@ int RunServer(const ServerOptions& options, Server::EngineFactory make_engine) {
   bool signalled = false;     // likewise
   SignalWatcher watcher([&](int signal) {
     MutexLock lock(&mutex);
-    if (std::exchange(signalled, true) || running == nullptr) ExitNow(kExitSignalBase + signal);
-    running->Drain();
+    if (std::exchange(signalled, true)) ExitNow(kExitSignalBase + signal);
+    if (running != nullptr) running->Drain();
   });
   Timer watchdog;
   absl::StatusOr<std::unique_ptr<Server>> started = Server::Start(options, std::move(make_engine));
@@ -134,7 +129,11 @@ int RunServer(const ServerOptions& options, Server::EngineFactory make_engine) {
   if (absl::Status status = WritePortFile(options.port_file, *server); !status.ok()) {
     return FailToStart(status);
   }
-  SetRunning(&mutex, &running, server.get());
+  {
+    MutexLock lock(&mutex);
+    running = server.get();
+    if (signalled) server->Drain();
+  }
   Log(LogLevel::kInfo, "listening",
       {{"version", kVersion}, {"port", server->port()}, {"admin_port", server->admin_port()}});
 
@@ -146,7 +145,10 @@ int RunServer(const ServerOptions& options, Server::EngineFactory make_engine) {
   const absl::Status status = server->Shutdown();
   Log(LogLevel::kInfo, "stopped", {{"message", status.message()}});
   if (server->loading()) ExitNow(ExitCodeOf(status));  // nobody waits for the model any more
-  SetRunning(&mutex, &running, nullptr);
+  {
+    MutexLock lock(&mutex);
+    running = nullptr;
+  }
   server.reset();
   return ExitCodeOf(status);
 }

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
+#include <fstream>
 #include <string>
 #include <vector>
 
@@ -54,6 +55,23 @@ TEST_F(OptionsTest, EveryFlagHasHelpAndAnEnvironmentVariable) {
     ++count;
   }
   EXPECT_GT(count, 50);
+}
+
+TEST_F(OptionsTest, FlagsAreTheTableOfTheReadme) {
+  std::vector<std::string> expected, written;
+  for (const CLI::Option* option : app_.get_options()) {
+    if (option->get_name() == "--help") continue;
+    std::string value = option->get_default_str();
+    if (value == "\"\"") value = "";
+    if (!value.empty()) value = "`" + value + "`";
+    expected.push_back("| `" + option->get_name() + "` | " + value + " | " +
+                       option->get_description() + " |");
+  }
+  std::ifstream readme(HEADSTART_SOURCE_DIR "/server/README.md");
+  for (std::string line; std::getline(readme, line);) {
+    if (line.rfind("| `--", 0) == 0) written.push_back(line);
+  }
+  EXPECT_EQ(written, expected);
 }
 
 TEST_F(OptionsTest, ReadsFlagsOfEveryKind) {
@@ -128,6 +146,20 @@ TEST_F(OptionsTest, PrintedConfigIsAConfigFile) {
   EXPECT_EQ(second.config_to_str(true, true), printed);
   EXPECT_EQ(options.attention.request.stride, 8);
   EXPECT_EQ(options.drain_timeout, absl::Seconds(9));
+}
+
+TEST_F(OptionsTest, PrintedDefaultsChangeNothing) {
+  ASSERT_TRUE(Parse({"--model", "/models/x"}));
+  const std::string path = WriteConfig(app_.config_to_str(true, true));
+  CLI::App second{"test", "serve"};
+  ServerOptions options;
+  AddServerOptions(&second, &options);
+  second.parse(std::vector<std::string>());
+  ASSERT_OK(ApplyConfigFile(&second, path));
+  EXPECT_OK(ValidateOptions(options));
+  EXPECT_TRUE(options.tls.allowed_sans.empty());
+  EXPECT_TRUE(options.attention.dense_layers.empty());
+  EXPECT_FALSE(options.attention.request.HasOverrides());
 }
 
 TEST_F(OptionsTest, ValidatesWhatFlagsAloneCanNotSay) {

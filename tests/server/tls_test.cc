@@ -1,0 +1,153 @@
+// TLS and mTLS with real certificates.
+#include "server/tls.h"
+
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "tests/server/certificates.h"
+#include "tests/server/server_fixture.h"
+#include "tests/testing/status_matchers.h"
+
+namespace headstart::testing {
+namespace {
+
+using ::testing::HasSubstr;
+
+class TlsTest : public ServerTest {
+ protected:
+  TlsTest()
+      : authority_(MakeAuthority(dir_.path(), "authority")),
+        other_authority_(MakeAuthority(dir_.path(), "other_authority")),
+        server_identity_(MakeIdentity(dir_.path(), "server", authority_, "IP:127.0.0.1")) {
+    options_.tls.cert_file = server_identity_.cert_file;
+    options_.tls.key_file = server_identity_.key_file;
+    options_.tls.reload_seconds = 1;
+  }
+
+  void WantClientCertificates() { options_.tls.client_ca_file = authority_.cert_file; }
+
+  std::shared_ptr<grpc::Channel> Channel(
+      const std::shared_ptr<grpc::ChannelCredentials>& credentials) const {
+    grpc::ChannelArguments arguments;
+    arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+    return grpc::CreateCustomChannel(target(), credentials, arguments);
+  }
+  std::shared_ptr<grpc::ChannelCredentials> Trusting(const Identity& authority) const {
+    return grpc::SslCredentials({ReadFile(authority.cert_file), "", ""});
+  }
+  std::shared_ptr<grpc::ChannelCredentials> Showing(const Identity& identity) const {
+    return grpc::SslCredentials({ReadFile(authority_.cert_file), ReadFile(identity.key_file),
+                                 ReadFile(identity.cert_file)});
+  }
+
+  CallResult RunOn(const std::shared_ptr<grpc::ChannelCredentials>& credentials) const {
+    const auto stub = v1::PrefillService::NewStub(Channel(credentials));
+    return OpenCall(stub.get(), Prompt(5)).Finish();
+  }
+
+  // The handshake fails, and the next good client is served.
+  void ExpectNoHandshake(const std::shared_ptr<grpc::ChannelCredentials>& bad,
+                         const std::shared_ptr<grpc::ChannelCredentials>& good) {
+    EXPECT_EQ(RunOn(bad).status.error_code(), grpc::StatusCode::UNAVAILABLE);
+    const CallResult next = RunOn(good);
+    EXPECT_TRUE(next.status.ok()) << next.status.error_message();
+  }
+
+  const Identity authority_;
+  const Identity other_authority_;
+  const Identity server_identity_;
+};
+
+TEST_F(TlsTest, ServesWhoTrustsIt) {
+  Start();
+  ExpectNoHandshake(Trusting(other_authority_), Trusting(authority_));
+}
+
+TEST_F(TlsTest, RefusesPlainText) {
+  Start();
+  ExpectNoHandshake(grpc::InsecureChannelCredentials(), Trusting(authority_));
+}
+
+TEST_F(TlsTest, RefusesClientsWithoutACertificateItTrusts) {
+  WantClientCertificates();
+  Start();
+  const Identity client = MakeIdentity(dir_.path(), "client", authority_, "DNS:decode.example");
+  const Identity stranger =
+      MakeIdentity(dir_.path(), "stranger", other_authority_, "DNS:x.example");
+  const Identity expired = MakeIdentity(dir_.path(), "expired", authority_, "DNS:y.example", -1);
+  ExpectNoHandshake(Trusting(authority_), Showing(client));
+  ExpectNoHandshake(Showing(stranger), Showing(client));
+  ExpectNoHandshake(Showing(expired), Showing(client));
+  ExpectNoHandshake(grpc::InsecureChannelCredentials(), Showing(client));
+}
+
+TEST_F(TlsTest, OnlyAllowedNamesMayCall) {
+  WantClientCertificates();
+  options_.tls.allowed_sans = {"decode.example", "spiffe://cluster/decode"};
+  Start();
+  const Identity allowed =
+      MakeIdentity(dir_.path(), "allowed", authority_, "DNS:other.example,DNS:decode.example");
+  const Identity by_uri =
+      MakeIdentity(dir_.path(), "by_uri", authority_, "URI:spiffe://cluster/decode");
+  const Identity denied =
+      MakeIdentity(dir_.path(), "denied", authority_, "DNS:decode.example.evil");
+  EXPECT_TRUE(RunOn(Showing(allowed)).status.ok());
+  EXPECT_TRUE(RunOn(Showing(by_uri)).status.ok());
+  const CallResult result = RunOn(Showing(denied));
+  EXPECT_EQ(result.status.error_code(), grpc::StatusCode::PERMISSION_DENIED);
+  EXPECT_EQ(result.reason(), "PEER_NOT_ALLOWED");
+  grpc::ClientContext context;
+  v1::GetModelInfoResponse info;
+  EXPECT_EQ(v1::PrefillService::NewStub(Channel(Showing(denied)))
+                ->GetModelInfo(&context, {}, &info)
+                .error_code(),
+            grpc::StatusCode::PERMISSION_DENIED);
+}
+
+TEST_F(TlsTest, HealthCheckOfItselfNeedsNoCertificate) {
+  WantClientCertificates();
+  Start();
+  EXPECT_EQ(Get("/healthz").status, 200) << Get("/healthz").body;
+}
+
+TEST_F(TlsTest, TakesANewCertificateWhileOldStreamsLive) {
+  Start();
+  Barrier barrier(backend_, "Attention", 0);
+  const auto stub = v1::PrefillService::NewStub(Channel(Trusting(authority_)));
+  OpenCall old_stream(stub.get(), Prompt(5));
+  barrier.WaitUntilReached();
+  EXPECT_EQ(RunOn(Trusting(other_authority_)).status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  Replace(server_identity_, MakeIdentity(dir_.path(), "next", other_authority_, "IP:127.0.0.1"));
+  barrier.Open();
+  const absl::Time limit = absl::Now() + absl::Seconds(20);
+  CallResult result = RunOn(Trusting(other_authority_));
+  while (!result.status.ok() && absl::Now() < limit) result = RunOn(Trusting(other_authority_));
+  EXPECT_TRUE(result.status.ok()) << result.status.error_message();
+  EXPECT_EQ(RunOn(Trusting(authority_)).status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_TRUE(old_stream.Finish().status.ok());
+  EXPECT_TRUE(OpenCall(stub.get(), Prompt(5)).Finish().status.ok());  // on the old connection
+}
+
+// ---- files
+
+TEST_F(TlsTest, NamesTheFileThatIsWrong) {
+  const auto expect_refused = [this](auto change, const std::string& file) {
+    ServerTlsOptions tls = options_.tls;
+    change(tls);
+    EXPECT_THAT(MakeCredentials(tls),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(file)));
+  };
+  EXPECT_OK(MakeCredentials(options_.tls));
+  const std::string garbage = dir_ / "garbage.pem";
+  ASSERT_OK(WriteFile(garbage, "no PEM"));
+  expect_refused([](auto& tls) { tls.cert_file = "/none.crt"; }, "/none.crt");
+  expect_refused([](auto& tls) { tls.key_file = "/none.key"; }, "/none.key");
+  expect_refused([](auto& tls) { tls.client_ca_file = "/none.ca"; }, "/none.ca");
+  expect_refused([&](auto& tls) { tls.cert_file = garbage; }, "garbage.pem");
+  expect_refused([&](auto& tls) { tls.key_file = garbage; }, "garbage.pem");
+  expect_refused([&](auto& tls) { tls.key_file = authority_.key_file; }, "authority.key");
+}
+
+}  // namespace
+}  // namespace headstart::testing
