@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cstring>
 #include <exception>
 #include <map>
 #include <new>
@@ -23,14 +24,22 @@ namespace {
 // primitive.
 constexpr int64_t kSliceRows = 1024;
 // Primitives kept; then all are dropped. A model needs about five per number of rows.
-constexpr size_t kMaxPrimitives = 1024;
+constexpr size_t kMaxPrimitives = 512;
 
 dnnl::memory::data_type DnnlType(DType dtype) {
   return dtype == DType::kF32 ? dnnl::memory::data_type::f32 : dnnl::memory::data_type::bf16;
 }
 
-dnnl::memory::desc RowMajor(int64_t rows, int64_t cols, DType dtype, int64_t row_stride) {
-  return {{rows, cols}, DnnlType(dtype), dnnl::memory::dims{row_stride, 1}};
+dnnl::memory::desc RowMajor(int64_t rows, int64_t cols, DType dtype) {
+  return {{rows, cols}, DnnlType(dtype), dnnl::memory::dims{cols, 1}};
+}
+
+bool IsDense(const Matrix& m) { return m.rows == 1 || m.row_stride == m.cols; }
+
+void CopyRows(const Matrix& from, const Matrix& to) {
+  for (int64_t r = 0; r < from.rows; ++r) {
+    std::memcpy(to.Rows(r, 1).data, from.Rows(r, 1).data, from.cols * DTypeBytes(from.dtype));
+  }
 }
 
 // Keeps oneDNN to the level that our own kernels run on.
@@ -77,12 +86,12 @@ class DnnlWeight : public LinearWeight {
 
 // What a primitive is made for.
 struct Shape {
-  int64_t rows, in, out, in_stride, out_stride;
+  int64_t rows, in, out;
   DType out_dtype;
   bool bias;
   LinearOutput mode;
 
-  auto Key() const { return std::tie(rows, in, out, in_stride, out_stride, out_dtype, bias, mode); }
+  auto Key() const { return std::tie(rows, in, out, out_dtype, bias, mode); }
   friend bool operator<(const Shape& a, const Shape& b) { return a.Key() < b.Key(); }
 };
 
@@ -101,10 +110,9 @@ dnnl::matmul::primitive_desc Describe(const dnnl::engine& engine, const Shape& s
     add.append_sum(1.0f);
     attr.set_post_ops(add);
   }
-  const auto in = RowMajor(shape.rows, shape.in, compute, shape.in_stride);
-  const auto out = RowMajor(shape.rows, shape.out, shape.out_dtype, shape.out_stride);
-  const auto bias =
-      shape.bias ? RowMajor(1, shape.out, DType::kF32, shape.out) : dnnl::memory::desc();
+  const auto in = RowMajor(shape.rows, shape.in, compute);
+  const auto out = RowMajor(shape.rows, shape.out, shape.out_dtype);
+  const auto bias = shape.bias ? RowMajor(1, shape.out, DType::kF32) : dnnl::memory::desc();
 #if DNNL_VERSION_MAJOR >= 3
   return dnnl::matmul::primitive_desc(engine, in, weight, bias, out, attr);
 #else
@@ -157,6 +165,8 @@ struct OneDnnGemm::State {
   dnnl::stream stream;
   std::map<Shape, Primitive> primitives;
   Scratch scratchpad;
+  Scratch in_copy;
+  Scratch out_copy;
 
   // oneDNN takes the number of threads from OpenMP's setting for the calling thread.
   void UseThreads() const { omp_set_num_threads(num_threads); }
@@ -171,15 +181,10 @@ struct OneDnnGemm::State {
     return primitives.emplace(shape, std::move(primitive)).first->second;
   }
 
+  // in, out: dense.
   absl::Status Run(const DnnlWeight& weight, Matrix in, Matrix out, LinearOutput mode) {
-    const Shape shape{in.rows,
-                      weight.in_features(),
-                      weight.out_features(),
-                      in.row_stride,
-                      out.row_stride,
-                      out.dtype,
-                      weight.bias != nullptr,
-                      mode};
+    const Shape shape{in.rows,   weight.in_features(),   weight.out_features(),
+                      out.dtype, weight.bias != nullptr, mode};
     Primitive& primitive = Find(shape, weight);
     HEADSTART_ASSIGN_OR_RETURN(
         char* const scratch, scratchpad.Get(static_cast<int64_t>(primitive.scratchpad.get_size())));
@@ -196,11 +201,33 @@ struct OneDnnGemm::State {
     return absl::OkStatus();
   }
 
+  static absl::StatusOr<Matrix> DenseLike(const Matrix& m, Scratch& scratch) {
+    HEADSTART_ASSIGN_OR_RETURN(char* const data,
+                               scratch.Get(m.rows * m.cols * DTypeBytes(m.dtype)));
+    return Matrix{data, m.dtype, m.rows, m.cols, m.cols};
+  }
+
+  // Copies what has gaps between its rows: on such matrices oneDNN 2.6 leaves its fast path, and
+  // for bf16 with reordered weights there is none but a scalar loop.
+  absl::Status RunDense(const DnnlWeight& weight, Matrix in, Matrix out, LinearOutput mode) {
+    Matrix dense_in = in;
+    if (!IsDense(in)) {
+      HEADSTART_ASSIGN_OR_RETURN(dense_in, DenseLike(in, in_copy));
+      CopyRows(in, dense_in);
+    }
+    if (IsDense(out)) return Run(weight, dense_in, out, mode);
+    HEADSTART_ASSIGN_OR_RETURN(const Matrix dense_out, DenseLike(out, out_copy));
+    if (mode == LinearOutput::kAdd) CopyRows(out, dense_out);
+    HEADSTART_RETURN_IF_ERROR(Run(weight, dense_in, dense_out, mode));
+    CopyRows(dense_out, out);
+    return absl::OkStatus();
+  }
+
   absl::StatusOr<std::unique_ptr<LinearWeight>> Reorder(int64_t in, int64_t out,
                                                         const HostMemory& plain, HostMemory bias) {
     // The layout that oneDNN wants for full slices; it serves every other number of rows as well.
     const dnnl::memory::desc any({in, out}, DnnlType(dtype), dnnl::memory::format_tag::any);
-    const Shape shape{kSliceRows, in, out, in, out, dtype, bias != nullptr, LinearOutput::kStore};
+    const Shape shape{kSliceRows, in, out, dtype, bias != nullptr, LinearOutput::kStore};
     const dnnl::memory::desc desc = Describe(engine, shape, dtype, any).weights_desc();
     HEADSTART_ASSIGN_OR_RETURN(HostMemory data,
                                AllocateHost(static_cast<int64_t>(desc.get_size())));
@@ -222,7 +249,7 @@ absl::StatusOr<std::unique_ptr<OneDnnGemm>> OneDnnGemm::Create(CpuIsa isa, DType
     LimitDnnlIsa(isa);
     const dnnl::engine engine(dnnl::engine::kind::cpu, 0);
     state = std::make_unique<State>(
-        State{compute_dtype, num_threads, engine, dnnl::stream(engine), {}, {}});
+        State{compute_dtype, num_threads, engine, dnnl::stream(engine), {}, {}, {}, {}});
   }));
   return std::unique_ptr<OneDnnGemm>(new OneDnnGemm(std::move(state)));
 }
@@ -254,7 +281,7 @@ absl::Status OneDnnGemm::Multiply(const LinearWeight& weight, Matrix in, Matrix 
   HEADSTART_RETURN_IF_ERROR(CatchDnnl([&] {
     for (int64_t row = 0; row < in.rows && status.ok(); row += kSliceRows) {
       const int64_t rows = std::min(kSliceRows, in.rows - row);
-      status = s.Run(prepared, in.Rows(row, rows), out.Rows(row, rows), mode);
+      status = s.RunDense(prepared, in.Rows(row, rows), out.Rows(row, rows), mode);
     }
   }));
   return status;
