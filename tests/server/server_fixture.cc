@@ -185,6 +185,21 @@ double ServerTest::Metric(const std::string& series) const {
   return -1;
 }
 
+double ServerTest::Requests(const std::string& code, const std::string& reason) const {
+  return Metric(absl::StrCat("headstart_requests_total{code=\"", code,
+                             "\",model=\"tiny\",reason=\"", reason, "\"}"));
+}
+
+void ServerTest::WaitForQueued(int64_t count) const {
+  while (server_->Snapshot().load.queued_requests != count) absl::SleepFor(absl::Milliseconds(1));
+}
+
+absl::Duration ServerTest::WaitUntilIdle() const {
+  const absl::Time began = absl::Now();
+  while (server_->Snapshot().load.inflight_requests > 0) absl::SleepFor(absl::Milliseconds(1));
+  return absl::Now() - began;
+}
+
 Barrier::Barrier(FaultBackend* backend, const std::string& op, int32_t layer) {
   backend->SetHook([state = state_, op, layer](const BackendCall& call) {
     if (call.op != op || call.layer != layer) return absl::OkStatus();

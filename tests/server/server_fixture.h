@@ -67,6 +67,14 @@ class ServerTest : public ::testing::Test {
   // The value of a line of /metrics, given all before the blank; -1 when there is none.
   double Metric(const std::string& series) const;
 
+  // headstart_requests_total of this ending.
+  double Requests(const std::string& code, const std::string& reason) const;
+
+  // Until the server has so many requests in its queue.
+  void WaitForQueued(int64_t count) const;
+  // Until nothing is in flight; how long that took.
+  absl::Duration WaitUntilIdle() const;
+
   std::string target() const { return "127.0.0.1:" + std::to_string(server_->port()); }
 
   TempDir dir_;
