@@ -62,8 +62,10 @@ def measure_transformers(args, dtype_name):
 
 
 def measure_llama_cpp(args):
-    import llama_cpp
-
+    try:
+        import llama_cpp
+    except ImportError:
+        sys.exit("llama-cpp-python is not installed here")
     model = llama_cpp.Llama(
         str(CACHE / "gguf" / f"{MODEL}.gguf"), n_ctx=max(args.lengths), n_batch=512, n_threads=args.threads,
         n_threads_batch=args.threads, flash_attn=True, verbose=False,
@@ -110,7 +112,7 @@ def measure_headstart(args, preset):
 PEERS = {
     "transformers bf16": lambda args: measure_transformers(args, "bfloat16"),
     "transformers f32": lambda args: measure_transformers(args, "float32"),
-    "llama.cpp": measure_llama_cpp,
+    "llama.cpp Q4_1": measure_llama_cpp,
     "Headstart exact": lambda args: measure_headstart(args, "exact"),
     "Headstart balanced": lambda args: measure_headstart(args, "balanced"),
     "Headstart fast": lambda args: measure_headstart(args, "fast"),
