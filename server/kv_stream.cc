@@ -20,6 +20,9 @@ namespace {
 // How long an error waits for the write in flight, so that its details reach the client.
 constexpr absl::Duration kErrorGrace = absl::Milliseconds(500);
 
+// Cancels this close before the client's deadline were its deadline.
+constexpr absl::Duration kDeadlineSlack = absl::Milliseconds(50);
+
 bool IsStall(const absl::Status& status) { return ReasonOf(status) == ErrorReason::kClientStalled; }
 
 }  // namespace
@@ -248,7 +251,10 @@ absl::Status KvStream::WhyCancelled() const {
     return MakeError(absl::StatusCode::kUnavailable, ErrorReason::kDraining,
                      "the server shut down before the request ended");
   }
-  if (call_.deadline() <= std::chrono::system_clock::now()) {
+  // A client whose time is up resets the call, and that may come before our own clock says so: gRPC
+  // rounds a timeout up by as much as a hundredth on the wire.
+  const absl::Time deadline = absl::FromChrono(call_.deadline());
+  if (absl::Now() >= deadline - std::max(kDeadlineSlack, (deadline - came_at_) / 50)) {
     return MakeError(absl::StatusCode::kDeadlineExceeded, ErrorReason::kDeadlineExceeded,
                      "the client's deadline passed");
   }

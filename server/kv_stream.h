@@ -22,6 +22,8 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "engine/kv_sink.h"
 #include "headstart/v1/prefill.pb.h"
 #include "kernels/base/mutex.h"
@@ -86,6 +88,7 @@ class KvStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::By
 
   ServiceContext& service_;
   grpc::CallbackServerContext& call_;
+  const absl::Time came_at_ = absl::Now();
   grpc::ByteBuffer request_bytes_;
   Timer::Id first_message_timer_ = Timer::kNone;
 
