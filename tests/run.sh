@@ -46,6 +46,8 @@ run_tests() {
 }
 
 main() {
+  # Two tests at a time share the cores: OpenMP threads that wait must not spin.
+  export OMP_WAIT_POLICY=passive
   install_packages
   local python failed=()
   python=$(prepare_python)
