@@ -45,6 +45,8 @@ class Decoder {
   // Logits of the chunk's last row, after the last layer of a chunk that ends the prompt: [vocab],
   // valid until the next call.
   absl::StatusOr<absl::Span<const float>> Logits(const Chunk& chunk);
+  // f32 [num_layers][H]: the heads' budget ratios after the chunks so far, see SelectArgs.
+  const Buffer& budget_ratio() const { return budget_ratio_; }
 
  private:
   Decoder(const ModelConfig& config, const ModelWeights& weights, const KvCache& kv,

@@ -10,6 +10,7 @@
 #include "engine/decoder.h"
 #include "engine/kv_cache.h"
 #include "engine/kv_export.h"
+#include "engine/predicted_blocks.h"
 #include "engine/stopwatch.h"
 #include "kernels/base/status_macros.h"
 
@@ -29,6 +30,7 @@ struct Engine::State {
 
   absl::Status RunChunk(const PrefillJob& job, const Chunk& chunk, KvExport& to_sink);
   absl::StatusOr<PrefillResult> Run(const PrefillJob& job, KvSink& sink);
+  absl::StatusOr<std::vector<float>> BudgetRatios();
 };
 
 namespace {
@@ -88,8 +90,11 @@ absl::Status CheckStillWanted(const PrefillJob& job, int32_t layer) {
   return absl::OkStatus();
 }
 
-void AddStats(const BackendStats& stats, PrefillResult& result) {
+void AddStats(const BackendStats& stats, absl::Span<const int64_t> predicted_blocks,
+              PrefillResult& result) {
   for (const LayerStats& layer : stats.layers) {
+    const int64_t predicted = predicted_blocks[result.layer_predicted_blocks.size()];
+    result.layer_predicted_blocks.push_back(predicted > 0 ? predicted : layer.executed_blocks);
     result.layer_density.push_back(layer.causal_blocks == 0
                                        ? 1.0f
                                        : static_cast<float>(layer.executed_blocks) /
@@ -191,10 +196,22 @@ absl::StatusOr<PrefillResult> Engine::State::Run(const PrefillJob& job, KvSink& 
   PrefillResult result;
   HEADSTART_ASSIGN_OR_RETURN(result.first_token, SampleToken(logits, job.sampling));
   HEADSTART_ASSIGN_OR_RETURN(const BackendStats stats, backend->ReadStats());
-  AddStats(stats, result);
+  HEADSTART_ASSIGN_OR_RETURN(const std::vector<float> budget_ratios, BudgetRatios());
+  AddStats(stats,
+           PredictedBlocks(budget_ratios, config.heads.num_heads, num_tokens,
+                           job.attention.floor_tokens),
+           result);
   result.sink_seconds = to_sink.sink_seconds();
   result.total_seconds = total.seconds();
   return result;
+}
+
+// Of the sequence that ran last; all 0 when it was dense.
+absl::StatusOr<std::vector<float>> Engine::State::BudgetRatios() {
+  const Buffer& source = decoder->budget_ratio();
+  std::vector<float> ratios(static_cast<size_t>(source.bytes()) / sizeof(float));
+  HEADSTART_RETURN_IF_ERROR(backend->Download(source.data(), source.bytes(), ratios.data()));
+  return ratios;
 }
 
 // All layers of one chunk; each one's KV leaves as soon as it is done.

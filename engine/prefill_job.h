@@ -31,6 +31,9 @@ struct PrefillResult {
   // By layer. The last one attends only for the rows that the first token needs.
   std::vector<int64_t> layer_executed_blocks;
   std::vector<int64_t> layer_causal_blocks;
+  // What the heads' budgets ask for, before the dense tail and dense fallbacks; what ran where no
+  // budget was estimated.
+  std::vector<int64_t> layer_predicted_blocks;
   int64_t executed_blocks = 0;
   int64_t causal_blocks = 0;
   int64_t dense_fallbacks = 0;

@@ -4,6 +4,8 @@
 // block (kBlockTokens consecutive tokens: queries, keys and KV pages alike), proxy (representative head).
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -59,6 +61,13 @@ struct ProxyAttnOptions {
 
   friend bool operator==(const ProxyAttnOptions&, const ProxyAttnOptions&) = default;
 };
+
+// Budget of a head in blocks, floor included, from its budget ratio; of num_blocks key blocks.
+inline int64_t BudgetBlocks(float ratio, int64_t num_blocks, int32_t floor_tokens) {
+  // Less a little: the float ratio may lie above the one it stands for.
+  const double budget = std::ceil(double{ratio} * static_cast<double>(num_blocks) - 0x1p-10);
+  return std::max(static_cast<int64_t>(budget), NumBlocks(floor_tokens));
+}
 
 // Kept key blocks of the query blocks [first_row, first_row + num_rows) of a sequence, on the host.
 // Row m of proxy p has one ranking of its causal blocks 0..m: forced blocks first (the diagonal, then sink, then local

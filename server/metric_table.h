@@ -101,6 +101,10 @@ inline constexpr MetricSpec kExecutedBlocks{MetricType::kCounter,
 inline constexpr MetricSpec kCausalBlocks{MetricType::kCounter,
                                           "headstart_attention_causal_blocks_total", "model,layer",
                                           "Query-key blocks that dense attention would have run"};
+inline constexpr MetricSpec kPredictedBlocks{
+    MetricType::kCounter, "headstart_attention_predicted_blocks_total", "model,layer",
+    "Query-key blocks that the heads' budgets ask for, before dense tail and dense fallback; those "
+    "that ran where no budget is estimated"};
 inline constexpr MetricSpec kLayerSparsity{MetricType::kGauge, "headstart_layer_sparsity_ratio",
                                            "model,layer",
                                            "1 - executed / causal blocks of the last prompt"};
@@ -181,6 +185,7 @@ inline constexpr std::array kAll = {kRequests,
                                     kAttentionDensity,
                                     kExecutedBlocks,
                                     kCausalBlocks,
+                                    kPredictedBlocks,
                                     kLayerSparsity,
                                     kAttentionFallback,
                                     kNonfiniteOutputs,

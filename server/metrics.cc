@@ -133,11 +133,13 @@ void Metrics::AddRequestCounters() {
 void Metrics::SetModel(const ModelFacts& facts) {
   auto& executed = CounterFamily(metric::kExecutedBlocks);
   auto& causal = CounterFamily(metric::kCausalBlocks);
+  auto& predicted = CounterFamily(metric::kPredictedBlocks);
   auto& sparsity = GaugeFamily(metric::kLayerSparsity);
   for (int32_t layer = 0; layer < facts.num_layers; ++layer) {
     const Labels labels = {{"model", model_}, {"layer", absl::StrCat(layer)}};
     executed_blocks_.push_back(&executed.Add(labels));
     causal_blocks_.push_back(&causal.Add(labels));
+    predicted_blocks_.push_back(&predicted.Add(labels));
     sparsity_.push_back(&sparsity.Add(labels));
   }
   GaugeFamily(metric::kBuildInfo)
@@ -196,6 +198,7 @@ void Metrics::RecordBlocks(const PrefillResult& result) {
     const auto causal = static_cast<double>(result.layer_causal_blocks[layer]);
     executed_blocks_[layer]->Increment(executed);
     causal_blocks_[layer]->Increment(causal);
+    predicted_blocks_[layer]->Increment(static_cast<double>(result.layer_predicted_blocks[layer]));
     sparsity_[layer]->Set(1.0 - executed / causal);
   }
 }

@@ -104,6 +104,7 @@ class Metrics {
   // By layer; empty until SetModel.
   std::vector<prometheus::Counter*> executed_blocks_;
   std::vector<prometheus::Counter*> causal_blocks_;
+  std::vector<prometheus::Counter*> predicted_blocks_;
   std::vector<prometheus::Gauge*> sparsity_;
 };
 

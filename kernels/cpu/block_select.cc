@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <numeric>
 
 namespace headstart {
@@ -77,9 +76,7 @@ int32_t BlocksToReach(float gamma, const float* mass, absl::Span<const int32_t> 
 int64_t HeadBudget(const ProxyAttnOptions& options, int32_t wanted, int64_t num_blocks,
                    float& ratio) {
   ratio = std::max(ratio, static_cast<float>(wanted) / static_cast<float>(num_blocks));
-  // Less a little: the float ratio may lie above the one it stands for.
-  const double budget = std::ceil(double{ratio} * static_cast<double>(num_blocks) - 0x1p-10);
-  return std::max(static_cast<int64_t>(budget), NumBlocks(options.floor_tokens));
+  return BudgetBlocks(ratio, num_blocks, options.floor_tokens);
 }
 
 void SetHeadCounts(int32_t head, int64_t budget, BlockSelection& selection) {

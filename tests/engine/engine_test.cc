@@ -196,6 +196,7 @@ TEST_F(EngineRunTest, ReportsWhatItDid) {
   // Four heads: six causal blocks in the first layer, the last row's three in the last.
   EXPECT_EQ(result.causal_blocks, 4 * (6 + 3));
   EXPECT_EQ(result.executed_blocks, result.causal_blocks);
+  EXPECT_THAT(result.layer_predicted_blocks, ElementsAre(4 * 6, 4 * 3));  // no budget: what ran
   EXPECT_EQ(result.dense_fallbacks, 0);
   EXPECT_GT(result.attention_seconds, 0);
   EXPECT_GE(result.sink_seconds, 0);
@@ -291,6 +292,65 @@ TEST_F(EngineRunTest, DenseLayersStayDense) {
   ASSERT_OK_AND_ASSIGN(const PrefillResult result, test.engine->RunPrefill(job, sink));
   EXPECT_LT(result.layer_density[0], 0.9f);
   EXPECT_EQ(result.layer_density[1], 1.0f);
+}
+
+class PredictedBlocksTest : public EngineRunTest {
+ protected:
+  // 11 query blocks, sparse as their budgets say: no dense tail, no fallback.
+  void SetUp() override {
+    job_.token_ids = RandomTokens(1300);
+    job_.attention.enabled = true;
+    job_.attention.gamma = 0.3f;
+    job_.attention.floor_tokens = 256;
+    job_.attention.dense_below_tokens = 0;
+    job_.attention.dense_above_density = 1.0f;
+    job_.attention.dense_tail_blocks = 0;
+  }
+  absl::StatusOr<PrefillResult> RunJob(const TestEngine& test) {
+    FakeSink sink;
+    return test.engine->RunPrefill(job_, sink);
+  }
+
+  PrefillJob job_;
+};
+
+TEST_F(PredictedBlocksTest, AreThoseThatRunWhenOnlyBudgetsDecide) {
+  ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}));
+  ASSERT_OK_AND_ASSIGN(const PrefillResult result, RunJob(test));
+  EXPECT_LT(result.layer_executed_blocks[0], result.layer_causal_blocks[0]);
+  EXPECT_LT(result.layer_executed_blocks[1], result.layer_causal_blocks[1]);
+  EXPECT_EQ(result.layer_predicted_blocks, result.layer_executed_blocks);
+}
+
+TEST_F(PredictedBlocksTest, CountNeitherTheDenseTailNorAFallback) {
+  ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}));
+  job_.attention.dense_tail_blocks = 1;
+  ASSERT_OK_AND_ASSIGN(const PrefillResult tail, RunJob(test));
+  EXPECT_LT(tail.layer_predicted_blocks[0], tail.layer_executed_blocks[0]);
+  EXPECT_LT(tail.layer_executed_blocks[0], tail.layer_causal_blocks[0]);
+  job_.attention.dense_above_density = 0.0f;
+  ASSERT_OK_AND_ASSIGN(const PrefillResult fallback, RunJob(test));
+  EXPECT_EQ(fallback.layer_executed_blocks, fallback.layer_causal_blocks);
+  EXPECT_EQ(fallback.layer_predicted_blocks[0], tail.layer_predicted_blocks[0]);
+}
+
+// The last chunk's budgets speak for the whole prompt. Here all are the floor.
+TEST_F(PredictedBlocksTest, CoverAllChunksOfAPrompt) {
+  ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}, 512));
+  job_.attention.gamma = 0.01f;
+  job_.attention.floor_tokens = 512;
+  ASSERT_OK_AND_ASSIGN(const PrefillResult result, RunJob(test));
+  // Four heads with four blocks each: 1 + 2 + 3 + 8 * 4, and the last row's.
+  EXPECT_THAT(result.layer_predicted_blocks, ElementsAre(4 * 38, 4 * 4));
+  EXPECT_EQ(result.layer_predicted_blocks, result.layer_executed_blocks);
+}
+
+TEST_F(PredictedBlocksTest, AreThoseThatRunWithoutBudgets) {
+  ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}));
+  job_.attention.budget = BudgetRule::kRow;
+  ASSERT_OK_AND_ASSIGN(const PrefillResult result, RunJob(test));
+  EXPECT_LT(result.executed_blocks, result.causal_blocks);
+  EXPECT_EQ(result.layer_predicted_blocks, result.layer_executed_blocks);
 }
 
 TEST_F(EngineRunTest, SamplesTheFirstToken) {

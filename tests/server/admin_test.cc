@@ -186,6 +186,7 @@ TEST_F(AdminTest, CountsWhatARequestDid) {
   EXPECT_EQ(Metric("headstart_attention_causal_blocks_total{layer=\"0\",model=\"tiny\"}"), 60);
   EXPECT_EQ(Metric("headstart_attention_executed_blocks_total{layer=\"0\",model=\"tiny\"}"), 60);
   EXPECT_EQ(Metric("headstart_attention_causal_blocks_total{layer=\"1\",model=\"tiny\"}"), 20);
+  EXPECT_EQ(Metric("headstart_attention_predicted_blocks_total{layer=\"1\",model=\"tiny\"}"), 20);
   EXPECT_EQ(Metric("headstart_layer_sparsity_ratio{layer=\"1\",model=\"tiny\"}"), 0);
   EXPECT_EQ(Metric("headstart_layers_done_total"), 2);
   EXPECT_EQ(Metric("headstart_tickets_acquired_total{model=\"tiny\"}"), 1);
