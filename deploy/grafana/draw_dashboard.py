@@ -20,7 +20,8 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 HERE = pathlib.Path(__file__).resolve().parent
 MAIN_PANELS = ["Time to first token", "Where the time goes", "Requests by result", "Saturation", "Attention density",
-               "Density by layer", "Blocks run and saved", "KV sent", "Broken streams"]
+               "Predicted against executed", "Density by layer", "Dense fallbacks", "Blocks run and saved", "KV sent",
+               "Exposed transfer", "Broken streams"]
 COLUMNS = 3
 
 
@@ -92,7 +93,7 @@ def draw_panel(axes, panel, prometheus, end, range_s, window_s):
         axes.set_xlabel("seconds", fontsize=8)
     percent = defaults["unit"] == "percentunit"
     axes.yaxis.set_major_formatter(PercentFormatter(1.0) if percent else FuncFormatter(scale))
-    axes.set_ylabel({"percentunit": "", "s": "seconds", "reqps": "per second", "ops": "blocks per second",
+    axes.set_ylabel({"percentunit": "", "s": "seconds", "reqps": "per second", "ops": "per second",
                      "Bps": "bytes per second"}[defaults["unit"]], fontsize=8)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

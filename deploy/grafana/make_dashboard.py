@@ -120,27 +120,32 @@ def service_level():
 
 def sparsity():
     density = "headstart_attention_density_ratio"
-    executed, causal = "headstart_attention_executed_blocks_total", "headstart_attention_causal_blocks_total"
+    executed, causal, predicted = (f"headstart_attention_{blocks}_blocks_total"
+                                   for blocks in ("executed", "causal", "predicted"))
     return [
         panel("Attention density", "Share of the causal attention blocks that ran, per request; 1 is dense.",
               "percentunit", [(mean(density), "mean"), *quantiles(density)], min=0, max=1),
         panel("Density of requests", "How the density is spread over requests.", "percentunit",
               [(total(density + "_bucket", "le"), "{{le}}")], "heatmap"),
+        panel("Predicted against executed", "Share of the causal blocks that the heads' budgets ask for, and that ran. What "
+              "runs beyond the prediction is the dense tail and dense fallbacks.", "percentunit",
+              [(share(total(predicted), total(causal)), "predicted"), (share(total(executed), total(causal)), "executed")],
+              min=0, max=1),
         panel("Density by layer", "Share of the causal blocks that ran, by layer, over the range of the dashboard.",
               "percentunit", [(share(f"sum by (layer) (increase({executed}{SELECT}[$__range]))",
                                      f"sum by (layer) (increase({causal}{SELECT}[$__range]))"), "{{layer}}")],
-              "bargauge", min=0, max=1),
+              "bargauge", 12, min=0, max=1),
         panel("Dense fallbacks", "Dense attention although sparse was asked for: whole prompts below the dense limit, "
               "or layers whose selection kept too much.", "ops",
-              [(total("headstart_attention_fallback_total", "reason"), "{{reason}}")], min=0),
+              [(total("headstart_attention_fallback_total", "reason"), "{{reason}}")], width=12, min=0),
         panel("Share of selection", "Part of compute that is spent on choosing blocks: the price of sparsity.",
               "percentunit",
               [(share(total("headstart_selection_seconds_sum"), total("headstart_compute_seconds_sum")), "selection")],
-              min=0),
+              width=12, min=0),
         panel("Blocks run and saved", "Query-key blocks that ran, and that dense attention would have run beyond them.",
               "ops",
               [(total(executed), "run"), (f"{total(causal)} - {total(executed)}", "saved")],
-              fill=60, stack=True, min=0),
+              width=12, fill=60, stack=True, min=0),
     ]
 
 

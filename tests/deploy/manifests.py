@@ -25,13 +25,15 @@ def kubectl():
 
 
 @functools.cache
-def render(overlay):
-    """The objects of an overlay, as `kubectl apply -k` would send them."""
-    done = subprocess.run([kubectl(), "kustomize", KUBERNETES / "overlays" / overlay],
-                          capture_output=True, text=True, check=False)
+def render(name):
+    """The objects of an overlay, or of the base, as `kubectl apply -k` would send them."""
+    folder = KUBERNETES / ("base" if name == "base" else f"overlays/{name}")
+    done = subprocess.run([kubectl(), "kustomize", folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr
-    return [doc for doc in yaml.safe_load_all(done.stdout) if doc]
+    objects = [doc for doc in yaml.safe_load_all(done.stdout) if doc]
+    assert objects, f"{folder} renders nothing"
+    return objects
 
 
 def only(objects, kind):

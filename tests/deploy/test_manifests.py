@@ -21,8 +21,9 @@ def test_all_overlays_are_here():
     assert {"cpu-demo", "h100", "monitoring", "autoscaling"} <= set(OVERLAYS)
 
 
-def test_every_object_passes_its_strict_schema(objects):
-    for doc in objects:
+@pytest.mark.parametrize("name", ["base", *OVERLAYS])
+def test_every_object_passes_its_strict_schema(name):
+    for doc in render(name):
         schema = crd_schema(doc["kind"])
         if schema:
             jsonschema.Draft202012Validator(schema).validate(doc)

@@ -6,8 +6,8 @@ import re
 import pytest
 import yaml
 
-from manifests import REPO, only, render
-from promql import RULES, alerts, metric_names, rules, run_promtool
+from manifests import REPO, only, pod_of, render
+from promql import RULES, alerts, dashboard_panels, metric_names, rules, run_promtool
 
 UNIT_TESTS = pathlib.Path(__file__).resolve().parent / "rules_test.yaml"
 RUNBOOK = (REPO / "deploy/RUNBOOK.md").read_text()
@@ -58,6 +58,19 @@ def test_runbook_says_what_to_look_at_and_what_to_do(alert):
 def test_runbook_has_no_section_of_a_forgotten_alert():
     written = {heading for heading in runbook_sections() if heading.startswith("Headstart")}
     assert written == {alert["alert"] for alert in alerts()}
+
+
+def test_runbook_names_panels_that_exist():
+    named = set(re.findall(r"(?<!\*)\*([A-Z][^*\n]+)\*(?!\*)", RUNBOOK))
+    titles = {panel["title"] for panel in dashboard_panels()}
+    assert "Time to first token" in named
+    assert named <= titles
+
+
+def test_draining_is_too_long_when_the_pod_should_be_gone():
+    grace = pod_of(render("monitoring"))["spec"]["terminationGracePeriodSeconds"]
+    (alert,) = [rule for rule in alerts() if rule["alert"] == "HeadstartDrainsTooLong"]
+    assert alert["for"] == f"{grace}s"
 
 
 def test_recorded_series_that_rules_read_are_recorded():
