@@ -14,10 +14,10 @@ BASE = ("kernels/base/",)
 # Folder or file: the headers of this project that may be included there.
 MAY_INCLUDE = {
     "kernels/base/": BASE,
-    "kernels/": (*BASE, "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h", "kernels/make_backend.h",
+    "kernels/": (*BASE, "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h", "kernels/select_args.h", "kernels/make_backend.h",
                  "kernels/cpu/cpu_backend.h", "kernels/cuda/cuda_backend.h"),
-    "kernels/cpu/": (*BASE, "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h", "kernels/cpu/"),
-    "kernels/cuda/": (*BASE, "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h", "kernels/cuda/"),
+    "kernels/cpu/": (*BASE, "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h", "kernels/select_args.h", "kernels/cpu/"),
+    "kernels/cuda/": (*BASE, "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h", "kernels/select_args.h", "kernels/cuda/"),
     "engine/": (*BASE, "engine/", "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h"),
     "server/": (*BASE, *GENERATED, "server/", "engine/", "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h"),
     "server/main.cc": ("server/", "client/"),  # the program: every subcommand

@@ -4,6 +4,8 @@
 #include <bit>
 #include <numeric>
 
+#include "kernels/select_args.h"
+
 namespace headstart {
 namespace {
 
@@ -25,12 +27,6 @@ void SortBlocks(int64_t num_blocks, uint64_t* keys, int32_t* order) {
 }
 
 }  // namespace
-
-bool IsDenseByRule(const ProxyAttnOptions& options, int64_t num_tokens, int32_t layer) {
-  const auto& layers = options.dense_layers;
-  return !options.enabled || num_tokens <= options.dense_below_tokens ||
-         std::find(layers.begin(), layers.end(), layer) != layers.end();
-}
 
 void ResetSelection(const HeadShape& shape, int32_t num_proxies, int64_t first_position,
                     int64_t num_tokens, BlockSelection& selection) {
@@ -88,15 +84,7 @@ void SetHeadCounts(int32_t head, int64_t budget, BlockSelection& selection) {
 
 void SetForcedCounts(const ProxyAttnOptions& options, BlockSelection& selection) {
   const int64_t end = selection.first_row + selection.num_rows;
-  const auto wanted =
-      double{options.forced_density} * static_cast<double>(selection.RankingStride());
-  // One more block of budget adds one block to every row that has as many.
-  int64_t budget = 0;
-  int64_t kept = 0;
-  do {
-    kept += end - std::max(selection.first_row, budget);
-    ++budget;
-  } while (budget < end && static_cast<double>(kept) < wanted);
+  const int64_t budget = BudgetForDensity(selection.first_row, end, options.forced_density);
   for (int32_t head = 0; head < selection.num_heads; ++head) {
     SetHeadCounts(head, budget, selection);
   }

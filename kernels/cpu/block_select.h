@@ -9,10 +9,6 @@
 
 namespace headstart {
 
-// Whether the options say so without a look at the queries: not enabled, a sequence of at most
-// dense_below_tokens tokens, or one of dense_layers.
-bool IsDenseByRule(const ProxyAttnOptions& options, int64_t num_tokens, int32_t layer);
-
 // Sizes `selection`, budget_ratio too, for the query blocks of tokens [first_position, num_tokens);
 // keeps its memory.
 void ResetSelection(const HeadShape& shape, int32_t num_proxies, int64_t first_position,

@@ -7,43 +7,10 @@
 #include "kernels/base/status_macros.h"
 #include "kernels/cpu/block_select.h"
 #include "kernels/cpu/selection_run.h"
+#include "kernels/select_args.h"
 
 namespace headstart {
 namespace {
-
-absl::Status CheckShapes(const SelectArgs& args, DType dtype) {
-  const HeadShape& shape = args.kv.shape;
-  if (args.q.dtype != dtype || args.kv.dtype != dtype) {
-    return absl::InvalidArgumentError(absl::StrCat("selection of ", DTypeName(dtype), " got q in ",
-                                                   DTypeName(args.q.dtype), " and keys in ",
-                                                   DTypeName(args.kv.dtype)));
-  }
-  if (args.q.rows <= 0 || args.q.cols != int64_t{shape.num_heads} * shape.head_dim) {
-    return absl::InvalidArgumentError(absl::StrCat("q is [", args.q.rows, ", ", args.q.cols,
-                                                   "], not [> 0, ", shape.num_heads, " x ",
-                                                   shape.head_dim, "]"));
-  }
-  if (args.first_position < 0 || args.first_position % kBlockTokens != 0) {
-    return absl::InvalidArgumentError(absl::StrCat("first_position=", args.first_position,
-                                                   " is not a multiple of ", kBlockTokens));
-  }
-  return absl::OkStatus();
-}
-
-absl::Status CheckOptions(const ProxyAttnOptions& options, const HeadShape& shape) {
-  const int32_t g = options.num_proxies;
-  if (g < 1 || shape.num_heads % g != 0 ||
-      (shape.num_kv_heads % g != 0 && g % shape.num_kv_heads != 0)) {
-    return absl::InvalidArgumentError(absl::StrCat("num_proxies=", g, " does not fit ",
-                                                   shape.num_heads, " query heads and ",
-                                                   shape.num_kv_heads, " KV heads"));
-  }
-  if (options.stride != 4 && options.stride != 8 && options.stride != 16) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("stride=", options.stride, " is not 4, 8 or 16"));
-  }
-  return absl::OkStatus();
-}
 
 absl::Status Reset(const SelectionChunk& c, BlockSelection& selection) {
   try {
@@ -70,8 +37,7 @@ void SelectSparse(const SelectionChunk& c, const SelectionRun& run, BlockSelecti
 }  // namespace
 
 absl::Status ProxyAttnSelector::Select(const SelectArgs& args, BlockSelection& selection) {
-  HEADSTART_RETURN_IF_ERROR(CheckShapes(args, dtype_));
-  HEADSTART_RETURN_IF_ERROR(CheckOptions(*args.options, args.kv.shape));
+  HEADSTART_RETURN_IF_ERROR(CheckSelectArgs(args, dtype_));
   const SelectionChunk chunk(args);
   HEADSTART_RETURN_IF_ERROR(Reset(chunk, selection));
   const int64_t bytes = SelectionRun(chunk, kernels_, num_threads_, nullptr).bytes();

@@ -6,30 +6,16 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/select_args.h"
 
 namespace headstart::cuda {
 namespace {
 
-bool DenseByRule(const SelectArgs& args) {
-  const ProxyAttnOptions& options = *args.options;
-  const auto& layers = options.dense_layers;
-  return !options.enabled || args.first_position + args.q.rows <= options.dense_below_tokens ||
-         std::find(layers.begin(), layers.end(), args.layer) != layers.end();
+bool BudgetsByRow(const ProxyAttnOptions& options) {
+  return options.budget == BudgetRule::kRow && options.forced_density == 0;
 }
 
 int64_t Triangle(int64_t rows) { return rows * (rows + 1) / 2; }
-
-// The least budget for which the rows [begin, end) keep `density` of their causal blocks.
-int64_t BudgetForDensity(int64_t begin, int64_t end, double density) {
-  const double causal = static_cast<double>(Triangle(end) - Triangle(begin));
-  const auto kept = [&](int64_t budget) {
-    const int64_t full = std::clamp(budget, begin, end);
-    return static_cast<double>(Triangle(full) - Triangle(begin) + (end - full) * budget);
-  };
-  int64_t budget = 1;
-  while (budget < end && kept(budget) < density * causal) ++budget;
-  return budget;
-}
 
 SelectionShape MakeShape(const SelectArgs& args) {
   const ProxyAttnOptions& options = *args.options;
@@ -117,10 +103,34 @@ absl::Status BlockSelector::Score(const SelectArgs& args, uint32_t* tile_counter
   params.score_stride = shape_.score_stride;
   params.tile_counter = tile_counter;
   params.num_sms = num_sms_;
-  return ToStatus(LaunchProxyScore(params, stream), "proxy scores");
+  if (!BudgetsByRow(options)) {
+    return ToStatus(LaunchProxyScore(params, stream), "proxy scores");
+  }
+  const int64_t log_sum_bytes = options.num_proxies * params.num_q * int64_t{sizeof(float)};
+  HEADSTART_ASSIGN_OR_RETURN(void* const log_sums, row_log_sums_.Reserve(log_sum_bytes));
+  params.log_sums = static_cast<float*>(log_sums);
+  HEADSTART_RETURN_IF_ERROR(ToStatus(LaunchProxyScore(params, stream), "proxy scores"));
+  HEADSTART_ASSIGN_OR_RETURN(void* const mass, row_mass_.Reserve(ScoreBytes()));
+  return RowBudgets(options, {params, static_cast<float*>(mass)}, stream);
 }
 
-absl::Status BlockSelector::Budget(const SelectArgs& args, cudaStream_t stream) {
+absl::Status BlockSelector::RowBudgets(const ProxyAttnOptions& options, const RowMassParams& mass,
+                                       cudaStream_t stream) {
+  HEADSTART_RETURN_IF_ERROR(ToStatus(LaunchRowMass(mass, stream), "row mass"));
+  const int64_t bytes = shape_.num_proxies * shape_.num_rows * int64_t{sizeof(int32_t)};
+  HEADSTART_ASSIGN_OR_RETURN(void* const budgets, row_budgets_memory_.Reserve(bytes));
+  row_budgets_ = static_cast<int32_t*>(budgets);
+  const RowBudgetParams params{
+      shape_,    options.gamma, static_cast<int32_t>(NumBlocks(options.floor_tokens)),
+      mass.mass, scores_,       row_budgets_};
+  return ToStatus(LaunchRowBudget(params, stream), "row budgets");
+}
+
+int64_t BlockSelector::ScoreBytes() const {
+  return shape_.num_proxies * shape_.num_rows * shape_.score_stride * int64_t{sizeof(float)};
+}
+
+absl::Status BlockSelector::HeadBudgets(const SelectArgs& args, cudaStream_t stream) {
   const ProxyAttnOptions& options = *args.options;
   if (dense_by_rule_ || options.forced_density > 0) {
     const int64_t blocks =
@@ -136,7 +146,7 @@ absl::Status BlockSelector::Budget(const SelectArgs& args, cudaStream_t stream) 
                              partial_.Reserve(partials * int64_t{sizeof(float2)}));
   HEADSTART_RETURN_IF_ERROR(
       ToStatus(LaunchBlockMass({args.q.data, args.q.rows, args.q.row_stride, args.first_position,
-                                args.kv, static_cast<float2*>(partial), log_sums_, mass_},
+                                args.kv, static_cast<float2*>(partial), log_sums_, mass_, num_sms_},
                                stream),
                "block mass"));
   const HeadBudgetParams params{shape_,
@@ -152,17 +162,11 @@ absl::Status BlockSelector::Budget(const SelectArgs& args, cudaStream_t stream) 
 
 absl::Status BlockSelector::Select(const SelectArgs& args, uint32_t* tile_counter,
                                    cudaStream_t stream) {
-  if (args.options->budget == BudgetRule::kRow && args.options->enabled) {
-    return absl::UnimplementedError(
-        "the CUDA backend has no budget rule `row`; use `own` or `shared`");
-  }
   shape_ = MakeShape(args);
-  dense_by_rule_ = DenseByRule(args);
+  dense_by_rule_ = IsDenseByRule(*args.options, args.first_position + args.q.rows, args.layer);
   budget_ratio_ = args.budget_ratio;
   const int64_t rows = shape_.num_rows, blocks = shape_.num_key_blocks();
-  const int64_t score_bytes =
-      shape_.num_proxies * rows * shape_.score_stride * int64_t{sizeof(float)};
-  HEADSTART_ASSIGN_OR_RETURN(void* const scores, scores_memory_.Reserve(score_bytes));
+  HEADSTART_ASSIGN_OR_RETURN(void* const scores, scores_memory_.Reserve(ScoreBytes()));
   scores_ = static_cast<float*>(scores);
   // Mass, log-sums and budgets of the heads, and the totals, 8-byte aligned in front.
   const int64_t head_floats = blocks + kBlockTokens + 1;
@@ -180,10 +184,12 @@ absl::Status BlockSelector::Select(const SelectArgs& args, uint32_t* tile_counte
                                                                         int64_t{sizeof(int32_t)}));
   kept_ = {static_cast<uint16_t*>(lists), static_cast<int32_t*>(counts), head_stride};
 
+  row_budgets_ = nullptr;
   if (!dense_by_rule_) HEADSTART_RETURN_IF_ERROR(Score(args, tile_counter, stream));
-  HEADSTART_RETURN_IF_ERROR(Budget(args, stream));
+  if (row_budgets_ == nullptr) HEADSTART_RETURN_IF_ERROR(HeadBudgets(args, stream));
   const BlockSelectParams params{shape_,
                                  budget_blocks_,
+                                 row_budgets_,
                                  scores_,
                                  dense_by_rule_ ? 1.0f : args.options->dense_above_density,
                                  totals_,

@@ -17,7 +17,7 @@ class BlockSelector {
  public:
   explicit BlockSelector(int num_sms) : num_sms_(num_sms) {}
 
-  // Enqueues the selection for one chunk of one layer. UNIMPLEMENTED for the budget rule `row`.
+  // Enqueues the selection for one chunk of one layer.
   absl::Status Select(const SelectArgs& args, uint32_t* tile_counter, cudaStream_t stream);
 
   // What the last Select kept, on the device; only on the stream of Select.
@@ -32,12 +32,16 @@ class BlockSelector {
  private:
   // Sets params.q and params.k.
   absl::Status Pool(const SelectArgs& args, ProxyScoreParams& params, cudaStream_t stream);
+  // Scores; under the budget rule `row` also the budgets.
   absl::Status Score(const SelectArgs& args, uint32_t* tile_counter, cudaStream_t stream);
-  absl::Status Budget(const SelectArgs& args, cudaStream_t stream);
+  absl::Status RowBudgets(const ProxyAttnOptions& options, const RowMassParams& mass,
+                          cudaStream_t stream);
+  absl::Status HeadBudgets(const SelectArgs& args, cudaStream_t stream);
+  int64_t ScoreBytes() const;
 
   const int num_sms_;
   DeviceScratch pooled_queries_, pooled_keys_, maxima_, sums_, scores_memory_, partial_, small_,
-      lists_, counts_memory_;
+      lists_, counts_memory_, row_log_sums_, row_mass_, row_budgets_memory_;
 
   SelectionShape shape_{};
   bool dense_by_rule_ = false;
@@ -47,6 +51,7 @@ class BlockSelector {
   float* mass_ = nullptr;             // [num_heads][key blocks]
   float* log_sums_ = nullptr;         // [num_heads][kBlockTokens]
   int32_t* budget_blocks_ = nullptr;  // [num_heads]
+  int32_t* row_budgets_ = nullptr;    // [num_proxies][num_rows]; null: budgets by head
   SelectionTotals* totals_ = nullptr;
 };
 

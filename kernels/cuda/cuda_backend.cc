@@ -7,6 +7,7 @@
 #include "kernels/base/status_macros.h"
 #include "kernels/cuda/launchers.h"
 #include "kernels/cuda/weight_upload.h"
+#include "kernels/select_args.h"
 
 namespace headstart::cuda {
 namespace {
@@ -274,19 +275,16 @@ absl::Status CudaBackend::CheckLayer(int32_t layer) const {
 }
 
 absl::Status CudaBackend::SelectBlocks(const SelectArgs& args) {
-  const HeadShape& shape = args.kv.shape;
-  HEADSTART_RETURN_IF_ERROR(CheckHeads(shape));
-  HEADSTART_RETURN_IF_ERROR(
-      CheckActivations("q", args.q, args.q.rows, int64_t{shape.num_heads} * shape.head_dim));
-  if (args.q.rows == 0 || args.first_position < 0 || args.first_position % kBlockTokens != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("cannot select for ", args.q.rows, " tokens from ", args.first_position,
-                     ": at least one, from a multiple of ", kBlockTokens));
-  }
+  HEADSTART_RETURN_IF_ERROR(CheckLayer(args.layer));
+  HEADSTART_RETURN_IF_ERROR(CheckHeads(args.kv.shape));
+  HEADSTART_RETURN_IF_ERROR(CheckSelectArgs(args, DType::kBF16));
+  HEADSTART_RETURN_IF_ERROR(CheckActivations("q", args.q, args.q.rows, args.q.cols));
   HEADSTART_RETURN_IF_ERROR(selection_timer_.Begin(stream_.get()));
   HEADSTART_RETURN_IF_ERROR(
       selector_.Select(args, static_cast<uint32_t*>(tile_counter_.get()), stream_.get()));
-  return selection_timer_.End(stream_.get());
+  HEADSTART_RETURN_IF_ERROR(selection_timer_.End(stream_.get()));
+  HEADSTART_ASSIGN_OR_RETURN(SelectionTotals* const total, SelectedTotals(args.layer));
+  return ToStatus(LaunchCountFallback(selector_.totals(), total, stream_.get()), "statistics");
 }
 
 absl::Status CudaBackend::Attention(const AttentionArgs& args) {
@@ -308,9 +306,11 @@ absl::Status CudaBackend::Attention(const AttentionArgs& args) {
   params.rows = args.q.rows;
   params.q_stride = args.q.row_stride;
   params.out_stride = args.out.row_stride;
-  params.first_position = args.first_position;
   params.kv = args.kv;
-  if (args.selected) params.kept = selector_.kept();
+  AttentionSequence sequence{0, args.q.rows, args.first_position, args.kv.page_table, {}};
+  if (args.selected) sequence.kept = selector_.kept();
+  params.sequences = &sequence;
+  params.num_sequences = 1;
   params.tile_counter = static_cast<uint32_t*>(tile_counter_.get());
   params.num_sms = num_sms_;
   HEADSTART_RETURN_IF_ERROR(attention_timer_.Begin(stream_.get()));
@@ -319,19 +319,22 @@ absl::Status CudaBackend::Attention(const AttentionArgs& args) {
   return CountBlocks(args);
 }
 
+// What the layer's selections add up to since ResetStats, on the device.
+absl::StatusOr<SelectionTotals*> CudaBackend::SelectedTotals(int32_t layer) {
+  const auto bytes = static_cast<int64_t>(dense_stats_.size() * sizeof(SelectionTotals));
+  HEADSTART_ASSIGN_OR_RETURN(void* const totals, selected_totals_.Reserve(bytes));
+  if (!totals_cleared_) {
+    HEADSTART_RETURN_IF_ERROR(
+        ToStatus(cudaMemsetAsync(totals, 0, bytes, stream_.get()), "clearing statistics"));
+    totals_cleared_ = true;
+  }
+  return static_cast<SelectionTotals*>(totals) + layer;
+}
+
 absl::Status CudaBackend::CountBlocks(const AttentionArgs& args) {
   if (args.selected) {
-    const auto bytes = static_cast<int64_t>(dense_stats_.size() * sizeof(SelectionTotals));
-    HEADSTART_ASSIGN_OR_RETURN(void* const totals, selected_totals_.Reserve(bytes));
-    if (!totals_cleared_) {
-      HEADSTART_RETURN_IF_ERROR(
-          ToStatus(cudaMemsetAsync(totals, 0, bytes, stream_.get()), "clearing statistics"));
-      totals_cleared_ = true;
-    }
-    return ToStatus(
-        LaunchAddTotals(selector_.totals(), static_cast<SelectionTotals*>(totals) + args.layer,
-                        stream_.get()),
-        "statistics");
+    HEADSTART_ASSIGN_OR_RETURN(SelectionTotals* const total, SelectedTotals(args.layer));
+    return ToStatus(LaunchCountBlocks(selector_.totals(), total, stream_.get()), "statistics");
   }
   const int64_t first = args.first_position / kBlockTokens,
                 end = NumBlocks(args.first_position + args.q.rows);

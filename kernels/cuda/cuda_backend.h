@@ -69,6 +69,7 @@ class CudaBackend : public Backend {
   void Free(void* data) override;
   absl::Status CheckLayer(int32_t layer) const;
   // Adds what an Attention call executed to its layer's statistics.
+  absl::StatusOr<SelectionTotals*> SelectedTotals(int32_t layer);
   absl::Status CountBlocks(const AttentionArgs& args);
 
   const std::string device_;

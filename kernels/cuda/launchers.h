@@ -87,16 +87,27 @@ struct KeptBlocks {
   int64_t head_stride = 0;
 };
 
-// Causal GQA attention, scale 1 / sqrt(d), d 64 or 128. Row r of q is the token first_position + r;
-// the pages hold tokens [0, first_position + rows). Deterministic bit for bit.
+// One of the sequences of a launch. Row first_row + r of q and out is its token first_position + r;
+// its pages hold tokens [0, first_position + rows).
+struct AttentionSequence {
+  int64_t first_row = 0;
+  int64_t rows = 0;
+  int64_t first_position = 0;  // any when dense, a multiple of kBlockTokens with lists
+  const int32_t* page_table = nullptr;
+  KeptBlocks kept;
+};
+inline constexpr int kMaxAttentionSequences = 16;
+
+// Causal GQA attention, scale 1 / sqrt(d), d 64 or 128, of sequences that share a pool of pages.
+// Rows of no sequence are not written. Deterministic bit for bit, whatever else is in the launch.
 struct AttentionParams {
-  const void* q;
+  const void* q;  // [rows, q_stride], the rows of all sequences
   void* out;
   int64_t rows, q_stride, out_stride;
-  int64_t first_position;  // any when dense, a multiple of kBlockTokens with lists
-  KvPages kv;
-  KeptBlocks kept;
-  uint32_t* tile_counter;  // one word, 0; left 0; one launch at a time
+  KvPages kv;                          // pages and shape; the page tables are the sequences'
+  const AttentionSequence* sequences;  // host memory, read by the call
+  int num_sequences;                   // 1 to kMaxAttentionSequences
+  uint32_t* tile_counter;              // one word, 0; left 0; one launch at a time
   int num_sms;
 };
 cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream);
@@ -131,10 +142,11 @@ struct ProxyScoreParams {
   int64_t num_q;  // sampled queries
   int64_t first_sample;  // sampled index of query 0; first_row * kBlockTokens / stride
   int32_t num_proxies, num_key_heads, head_dim, stride;
-  void* row_maxima;        // scratch: ProxyScoreScratch::maxima_bytes
-  void* row_sums;          // scratch: ProxyScoreScratch::sums_bytes
-  float* scores;           // [num_proxies][num_rows][score_stride]; blocks n > m are not written
-  int64_t score_stride;    // >= key blocks
+  void* row_maxima;      // scratch: ProxyScoreScratch::maxima_bytes
+  void* row_sums;        // scratch: ProxyScoreScratch::sums_bytes
+  float* scores;         // [num_proxies][num_rows][score_stride]; blocks n > m are not written
+  int64_t score_stride;  // >= key blocks
+  float* log_sums;       // out, or null: log2-sum-exp of every sampled query, [num_proxies][num_q]
   uint32_t* tile_counter;  // as in AttentionParams
   int num_sms;
 };
@@ -145,6 +157,13 @@ ProxyScoreScratch PlanProxyScore(int64_t num_q, int64_t first_sample, int32_t nu
                                  int32_t stride);
 cudaError_t LaunchProxyScore(const ProxyScoreParams& params, cudaStream_t stream);
 
+// Estimated mass of every row's key blocks, from the sampled tokens: the sum of a row is 1.
+struct RowMassParams {
+  ProxyScoreParams scores;  // of a LaunchProxyScore on the same stream, with log_sums
+  float* mass;              // [num_proxies][num_rows][score_stride]; blocks n > m are not written
+};
+cudaError_t LaunchRowMass(const RowMassParams& params, cudaStream_t stream);
+
 // Attention mass of every key block in the last query block of a chunk: mass[head][n] >= 0, each
 // head's sum is 1.
 struct BlockMassParams {
@@ -154,6 +173,7 @@ struct BlockMassParams {
   float2* partial;  // scratch: [num_heads][key blocks][kBlockTokens] {maximum, sum}
   float* log_sums;  // scratch: [num_heads][kBlockTokens]
   float* mass;      // [num_heads][key blocks]
+  int num_sms;
 };
 cudaError_t LaunchBlockMass(const BlockMassParams& params, cudaStream_t stream);
 
@@ -181,6 +201,17 @@ struct HeadBudgetParams {
   int32_t* budget_blocks;  // out: [num_heads]
 };
 cudaError_t LaunchHeadBudget(const HeadBudgetParams& params, cudaStream_t stream);
+// Per row of a proxy, the least number of blocks whose estimated mass reaches gamma, in order of
+// its ranking; at least floor_blocks.
+struct RowBudgetParams {
+  SelectionShape shape;
+  float gamma;
+  int32_t floor_blocks;
+  const float* mass;     // [num_proxies][num_rows][score_stride]
+  const float* scores;   // likewise
+  int32_t* row_budgets;  // out: [num_proxies][num_rows]
+};
+cudaError_t LaunchRowBudget(const RowBudgetParams& params, cudaStream_t stream);
 cudaError_t LaunchFixedBudget(int32_t num_heads, int32_t blocks, int32_t* budget_blocks,
                               cudaStream_t stream);
 
@@ -192,7 +223,8 @@ struct SelectionTotals {
 // dense_above_density of the causal blocks would be kept.
 struct BlockSelectParams {
   SelectionShape shape;
-  const int32_t* budget_blocks;
+  const int32_t* budget_blocks;  // [num_heads]; not read with row_budgets
+  const int32_t* row_budgets;    // [num_proxies][num_rows], or null
   const float* scores;
   float dense_above_density;
   SelectionTotals* totals;  // out
@@ -201,8 +233,10 @@ struct BlockSelectParams {
   int64_t head_stride;
 };
 cudaError_t LaunchBlockSelect(const BlockSelectParams& params, cudaStream_t stream);
-// *sum += *totals.
-cudaError_t LaunchAddTotals(const SelectionTotals* totals, SelectionTotals* sum,
-                            cudaStream_t stream);
+// Add the blocks of *totals to *sum, or its fallback.
+cudaError_t LaunchCountBlocks(const SelectionTotals* totals, SelectionTotals* sum,
+                              cudaStream_t stream);
+cudaError_t LaunchCountFallback(const SelectionTotals* totals, SelectionTotals* sum,
+                                cudaStream_t stream);
 
 }  // namespace headstart::cuda

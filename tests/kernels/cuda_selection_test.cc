@@ -95,7 +95,13 @@ INSTANTIATE_TEST_SUITE_P(
                       SelectionCase{k12, 640, 1700, 12, 8, BudgetRule::kOwn, false},
                       SelectionCase{k12, 0, 2500, 4, 16, BudgetRule::kShared, false},
                       SelectionCase{k7, 0, 2300, 7, 16, BudgetRule::kShared, true},
-                      SelectionCase{k7, 384, 1800, 1, 8, BudgetRule::kOwn, true}));
+                      SelectionCase{k7, 384, 1800, 1, 8, BudgetRule::kOwn, true},
+                      SelectionCase{k8, 0, 2049, 8, 16, BudgetRule::kRow, true},
+                      SelectionCase{k8, 1152, 1300, 2, 4, BudgetRule::kRow, false},
+                      SelectionCase{k8, 128, 1, 2, 8, BudgetRule::kRow, false},
+                      SelectionCase{k12, 640, 1700, 12, 8, BudgetRule::kRow, false},
+                      SelectionCase{k12, 0, 2500, 1, 4, BudgetRule::kRow, true},
+                      SelectionCase{k7, 384, 1800, 7, 16, BudgetRule::kRow, true}));
 
 TEST_P(CudaSelectionTest, KeepsWhatTheReferenceKeeps) {
   const reference::SelectionInput input = Input();

@@ -6,8 +6,9 @@ Usage: proxy_attn_spec_test.py --dump PATH_TO_proxy_attn_dump --implementation N
 Every ranking and every count must be the specification's, but where the specification itself lies
 within rounding of a tie: two neighbours in a ranking whose scores differ by less than `score_margin`,
 or a budget whose mass comes within `mass_margin` of gamma. Both margins are bounds of the error of a
-float32 computation (float64 for "Reference"), given with the cases. How many rows needed them is
-printed, and more than 1 % is a failure. Exit code 77: numpy, or the implementation, is not here.
+float32 computation (float64 for "Reference"), given with the cases, and of what the implementation
+adds to it (PRECISION). How many rows needed them is printed, and more than a given share is a
+failure. Exit code 77: numpy, or the implementation, is not here.
 """
 
 import argparse
@@ -27,7 +28,20 @@ except ImportError:
 import proxy_attn_spec as spec
 
 SKIPPED = 77
-MAX_TIED_SHARE = 0.01
+
+
+@dataclasses.dataclass
+class Precision:
+    """What an implementation's arithmetic adds to the error of float32, and how it shows."""
+
+    score: float = 0.0  # of the difference of two scores, natural-log units
+    mass: float = 0.0
+    tied_share: float = 0.01  # at most so many rows may need a margin
+    head_dims: tuple = ()  # that it computes; empty: all of the cases'
+
+
+# CUDA keeps the largest logit of a sampled query and a block as fp16 and takes some exponentials from a polynomial.
+PRECISION = {"Cuda": Precision(score=6e-3, mass=2e-4, tied_share=0.1, head_dims=(64, 128))}
 
 
 @dataclasses.dataclass
@@ -143,7 +157,7 @@ def random_options(rng, g, stride, budget, tokens):
 def random_cases(rng, bf16):
     """Every valid g of every head shape, with every stride; budget rules in turn."""
     rules = itertools.cycle([spec.OWN, spec.SHARED, spec.ROW])
-    for heads, kv_heads, d in [(9, 3, 64), (12, 2, 128), (14, 2, 64), (32, 8, 32), (6, 6, 48)]:
+    for heads, kv_heads, d in [(9, 3, 64), (12, 2, 128), (14, 2, 64), (16, 4, 128), (32, 8, 32), (6, 6, 48)]:
         for g in range(1, heads + 1):
             if heads % g or (kv_heads % g and g % kv_heads):
                 continue
@@ -292,7 +306,7 @@ def check_counts(case, result, ends, ends_prompt):
             result.counts[wrong][:5], "expected", ends[0][wrong][:5], "to", ends[1][wrong][:5])
 
 
-def check_chunk(case, begin, end, result, previous, exact, tally):
+def check_chunk(case, begin, end, result, previous, exact, precision, tally):
     options, heads = case.options, case.heads
     first_row = begin // spec.BLOCK
     require(result.first_row == first_row and result.rows == spec.num_blocks(end) - first_row,
@@ -307,7 +321,7 @@ def check_chunk(case, begin, end, result, previous, exact, tally):
     q, k = case.q[begin:end], case.k[:end]
     scores = spec.score_blocks(q, k, begin, options, case.bf16)
     # A score is a logit minus a log-sum of logits: each errs by logit_error, and two are compared.
-    score_margin = 1e-9 if exact else 4 * scores.logit_error + 2.0**-20
+    score_margin = 1e-9 if exact else 4 * scores.logit_error + 2.0**-20 + precision.score
     check_ranking(result, scores, options, score_margin, tally)
     ends_prompt = case.ends_prompt and end == case.chunk_ends[-1]
     if options.forced_density > 0:
@@ -315,11 +329,11 @@ def check_chunk(case, begin, end, result, previous, exact, tally):
         ends = np.array([[np.minimum(causal, k) for k in budgets]] * 2)
     elif options.budget == spec.ROW:
         # A probability errs by the exponential of what a score errs by.
-        mass_margin = 1e-9 if exact else 2 * scores.logit_error + 2.0**-18
+        mass_margin = 1e-9 if exact else 2 * scores.logit_error + 2.0**-18 + precision.mass
         ends = row_rule_counts(result, scores, options, mass_margin, heads, tally)
     else:
         last = spec.last_block_mass(q, k, begin)
-        mass_margin = 1e-9 if exact else 2 * last.logit_error + 2.0**-18
+        mass_margin = 1e-9 if exact else 2 * last.logit_error + 2.0**-18 + precision.mass
         budgets = check_ratio(result, previous, last, options, mass_margin, tally)
         ends = np.array([[np.minimum(causal, k) for k in budgets]] * 2)
     if options.forced_density > 0 or options.budget == spec.ROW:
@@ -327,13 +341,13 @@ def check_chunk(case, begin, end, result, previous, exact, tally):
     check_counts(case, result, ends, ends_prompt)
 
 
-def check_case(case, stream, exact, tally):
+def check_case(case, stream, exact, precision, tally):
     previous = np.zeros(case.heads, dtype=np.float32)
     begin = 0
     for end in case.chunk_ends:
         result = read_result(stream)
         try:
-            check_chunk(case, begin, end, result, previous, exact, tally)
+            check_chunk(case, begin, end, result, previous, exact, precision, tally)
         except Mismatch as mismatch:
             raise Mismatch(f"{case}\n  chunk [{begin}, {end}): {mismatch}") from None
         previous = result.budget_ratio
@@ -377,7 +391,10 @@ def main():
     args = parser.parse_args()
     bf16 = args.dtype == "bf16"
     rng = np.random.default_rng(args.seed)
+    precision = PRECISION.get(args.implementation, Precision())
     cases = [*random_cases(rng, bf16), *edge_cases(rng, bf16), *long_cases(rng, bf16)]
+    if precision.head_dims:
+        cases = [case for case in cases if case.head_dim in precision.head_dims]
     stream = run_dump(args, [tie_case(bf16), *cases])
     if stream is None:
         return SKIPPED
@@ -385,12 +402,12 @@ def main():
     try:
         check_exact_ties(tie_case(bf16), stream)
         for case in cases:
-            check_case(case, stream, args.implementation == "Reference", tally)
+            check_case(case, stream, args.implementation == "Reference", precision, tally)
     except Mismatch as mismatch:
         print("MISMATCH:", mismatch)
         return 1
     print(f"{len(cases)} cases, {tally.rows} rankings and counts, {tally.tied} within a margin of a tie")
-    return int(tally.tied > MAX_TIED_SHARE * tally.rows)
+    return int(tally.tied > precision.tied_share * tally.rows)
 
 
 if __name__ == "__main__":

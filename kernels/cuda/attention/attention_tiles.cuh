@@ -17,19 +17,25 @@ inline constexpr int kConsumerWarps = 8;
 // O is rescaled only when a row's maximum outgrew the one in use by more than this (log2 units).
 inline constexpr float kRescaleThreshold = 8.0f;
 
-struct AttentionKernelParams {
+// A sequence as the kernel sees it. Its tiles are query blocks, aligned to its key blocks.
+struct SequenceTiles {
   KeptBlocks kept;
   const int32_t* page_table;
-  uint32_t* tile_counter;
-  uint32_t num_tiles;
+  uint32_t end_tile;     // of the launch's tiles; they begin where the sequence before ends
   int32_t num_rows;      // query blocks
   int32_t first_row;     // key block of the first query block
   int32_t query_offset;  // rows of the first tile that lie before the first query
-  int32_t num_queries;
-  uint4* out;            // for StoreFirstTile
+  int32_t end_query;     // rows from the first tile's first to the last query, included
+  int32_t first_token;   // row of q of the first tile's first row; may be negative
+  int32_t tail_tokens;   // tokens in the last key block, 0 when it is full
+};
+
+struct AttentionKernelParams {
+  SequenceTiles sequences[kMaxAttentionSequences];
+  uint32_t* tile_counter;
+  uint32_t num_tiles;
+  uint4* out;            // for StoreRows
   int64_t out_stride16;  // of its rows, in 16 bytes
-  int32_t last_key_block;
-  int32_t tail_tokens;  // tokens in the last key block, 0 when it is full
   int32_t group_size;
   float scale_log2;  // softmax scale * log2(e)
 };
@@ -49,7 +55,17 @@ struct AttentionTuning<64> {
 };
 
 struct Tile {
-  int32_t head, row, count;  // count == 0: no more work
+  int32_t count;        // kept blocks; 0: no more work
+  int32_t tail_tokens;  // tokens in its diagonal block, 0 when that is full
+  int32_t head;
+  int32_t token;       // row of q and out of its first row
+  int32_t begin, end;  // its rows that are queries
+};
+
+// What only the loading warp needs of it besides.
+struct TileSource {
+  const int32_t* page_table;
+  const uint16_t* list;  // of its kept blocks; null: all, from the diagonal down
 };
 
 template <int kHeadDim>
@@ -65,27 +81,51 @@ struct alignas(1024) AttentionShared {
 static_assert(sizeof(AttentionShared<128>) + 1024 <= 232448 &&
               sizeof(AttentionShared<64>) + 1024 <= 232448);
 
-__device__ __forceinline__ Tile LoadTile(const AttentionKernelParams& params, uint32_t index) {
-  if (index >= params.num_tiles) return {0, 0, 0};
-  const TileId id = TileAt(index, params.num_rows, params.group_size);
-  const int32_t count = params.kept.lists == nullptr
-                            ? params.first_row + id.row + 1
-                            : __ldg(params.kept.counts + id.head * params.num_rows + id.row);
-  return {id.head, id.row, count};
+// Which tile an index below num_tiles stands for.
+struct TilePlace {
+  const SequenceTiles& sequence;
+  TileId id;
+};
+__device__ __forceinline__ TilePlace PlaceOf(const AttentionKernelParams& params, uint32_t index) {
+  uint32_t first_tile = 0;
+  int s = 0;
+  while (index >= params.sequences[s].end_tile) first_tile = params.sequences[s++].end_tile;
+  const SequenceTiles& sequence = params.sequences[s];
+  return {sequence, TileAt(index - first_tile, sequence.num_rows, params.group_size)};
 }
 
-// Page of the i-th kept block of a tile, 0 past the end.
-__device__ __forceinline__ int LoadPage(const AttentionKernelParams& params, const Tile& tile,
-                                        int i) {
-  if (i >= tile.count) return 0;
-  int block = tile.count - 1 - i;
-  if (params.kept.lists != nullptr) {
+// Kept blocks of a tile; 0 past the last one.
+__device__ __forceinline__ int LoadCount(const AttentionKernelParams& params, uint32_t index) {
+  if (index >= params.num_tiles) return 0;
+  const auto [sequence, id] = PlaceOf(params, index);
+  if (sequence.kept.lists == nullptr) return sequence.first_row + id.row + 1;
+  return __ldg(sequence.kept.counts + id.head * sequence.num_rows + id.row);
+}
+
+__device__ __forceinline__ Tile DescribeTile(const AttentionKernelParams& params, uint32_t index,
+                                             int count, TileSource& source) {
+  if (count == 0) return {};
+  const auto [sequence, id] = PlaceOf(params, index);
+  source = {sequence.page_table, nullptr};
+  if (sequence.kept.lists != nullptr) {
     // Blocks of the rows before: the mean of first_row + 1 … first_row + row, times row.
-    const uint32_t rows_before = tile.row;
-    const uint32_t offset = rows_before * (2 * params.first_row + rows_before + 1) / 2;
-    block = __ldg(params.kept.lists + tile.head * params.kept.head_stride + offset + i);
+    const uint32_t rows_before = id.row;
+    const uint32_t offset = rows_before * (2 * sequence.first_row + rows_before + 1) / 2;
+    source.list = sequence.kept.lists + id.head * sequence.kept.head_stride + offset;
   }
-  return __ldg(params.page_table + block);
+  return {count,
+          id.row == sequence.num_rows - 1 ? sequence.tail_tokens : 0,
+          id.head,
+          sequence.first_token + id.row * kBlock,
+          id.row == 0 ? sequence.query_offset : 0,
+          min(kBlock, sequence.end_query - id.row * kBlock)};
+}
+
+// Page of the i-th of `count` kept blocks, 0 past the end.
+__device__ __forceinline__ int LoadPage(const TileSource& source, int count, int i) {
+  if (i >= count) return 0;
+  const int block = source.list == nullptr ? count - 1 - i : __ldg(source.list + i);
+  return __ldg(source.page_table + block);
 }
 
 // The loading warp. Each lane holds the page of one of 32 consecutive kept blocks; lane 0 issues.
@@ -98,21 +138,26 @@ class TileLoader {
       : shared_(shared), q_map_(q_map), k_map_(k_map), v_map_(v_map), params_(params) {}
 
   __device__ __forceinline__ void Run() {
-    uint32_t claimed = lane_ == 0 ? Claim() : 0;
-    Tile tile = LoadTile(params_, __shfl_sync(~0u, claimed, 0));
-    int page = LoadPage(params_, tile, lane_);
+    uint32_t index = __shfl_sync(~0u, lane_ == 0 ? Claim() : 0, 0);
+    int count = LoadCount(params_, index);
     int v_page = -1, v_head = 0;  // V runs one block behind K
     for (uint32_t w = 0;; ++w) {
+      TileSource source{};
+      const Tile tile = DescribeTile(params_, index, count, source);
+      int page = LoadPage(source, count, lane_);
       AnnounceTile(tile, w);
-      if (tile.count == 0) break;
+      if (count == 0) break;
       const int kv_head = tile.head / params_.group_size;
-      const int claim_at = max(tile.count - 6, 0),
-                load_at = max(tile.count - 3, 0);  // the next tile, a little ahead
-      Tile next{0, 0, 0};
-      for (int i = 0; i < tile.count; ++i) {
-        if (i == claim_at && lane_ == 0) claimed = Claim();
-        if (i == load_at) next = LoadTile(params_, __shfl_sync(~0u, claimed, 0));
-        if (i != 0 && i % 32 == 0) page = LoadPage(params_, tile, i + lane_);
+      const int claim_at = max(count - 6, 0),
+                load_at = max(count - 3, 0);  // the next tile, a little ahead
+      int next_count = 0;
+      for (int i = 0; i < count; ++i) {
+        if (i == claim_at && lane_ == 0) index = Claim();
+        if (i == load_at) {
+          index = __shfl_sync(~0u, index, 0);
+          next_count = LoadCount(params_, index);
+        }
+        if (i != 0 && i % 32 == 0) page = LoadPage(source, count, i + lane_);
         const int k_page = __shfl_sync(~0u, page, i % 32);
         if (lane_ == 0) {
           Issue(shared_.k, shared_.k_full, shared_.k_empty, k_map_, k_step_++, k_page, kv_head);
@@ -122,8 +167,7 @@ class TileLoader {
         v_page = k_page;
         v_head = kv_head;
       }
-      tile = next;
-      page = LoadPage(params_, tile, lane_);
+      count = next_count;
     }
     if (lane_ == 0 && v_page >= 0)
       Issue(shared_.v, shared_.v_full, shared_.v_empty, v_map_, v_step_++, v_page, v_head);
@@ -141,6 +185,7 @@ class TileLoader {
     return index;
   }
 
+  // Hands the tile to the other warps and loads its Q.
   __device__ __forceinline__ void AnnounceTile(const Tile& tile, uint32_t w) {
     const uint32_t slot = RingSlot<2>(w);
     BarrierWait(&shared_.q_empty[slot], RingParity<2>(w) ^ 1);
@@ -151,11 +196,10 @@ class TileLoader {
       return;
     }
     BarrierExpect(&shared_.q_full[slot], kTileBytes);
-    const int token = tile.row * kBlock - params_.query_offset;
 #pragma unroll
     for (int p = 0; p < kHeadDim / 64; ++p) {
       TmaLoad(&shared_.q[slot][p * kBlock * 64], q_map_, &shared_.q_full[slot],
-              {0, token, p, tile.head}, once_);
+              {0, tile.token, p, tile.head}, once_);
     }
   }
 
@@ -181,19 +225,20 @@ class TileLoader {
   uint32_t k_step_ = 0, v_step_ = 0;
 };
 
-// Copies the staged rows [params.query_offset, 128) of the first tile to the output with ordinary
-// stores: a TMA store may not begin before the tensor, as the load does. One warp.
+// Copies the staged rows [begin, end) of a tile to the output with ordinary stores: the box of a
+// TMA store is the whole tile, whose other rows may lie before the tensor or be another sequence's.
+// One warp.
 template <int kHeadDim>
-__device__ __forceinline__ void StoreFirstTile(const Bf16* staged, const Tile& tile,
-                                               const AttentionKernelParams& params) {
+__device__ __forceinline__ void StoreRows(const Bf16* staged, const Tile& tile,
+                                          const AttentionKernelParams& params) {
   constexpr int kChunks = kHeadDim / 8;  // of 16 bytes, in a row: one a lane
   const int chunk = threadIdx.x % 32;
   if (chunk >= kChunks) return;
   const auto* panel = reinterpret_cast<const uint4*>(staged + chunk / 8 * kBlock * 64);
-  uint4* out = params.out + tile.head * kChunks + chunk;
-  const int end = min(kBlock, params.query_offset + params.num_queries);
+  uint4* out =
+      params.out + (tile.token + tile.begin) * params.out_stride16 + tile.head * kChunks + chunk;
 #pragma unroll 1
-  for (int row = params.query_offset; row < end; ++row, out += params.out_stride16) {
+  for (int row = tile.begin; row < tile.end; ++row, out += params.out_stride16) {
     *out = panel[row * 8 + ((chunk % 8) ^ (row % 8))];
   }
 }
@@ -210,14 +255,13 @@ __device__ __forceinline__ void StoreTiles(AttentionShared<kHeadDim>& shared,
     const Tile tile = shared.tile[slot];
     if (tile.count == 0) break;
     BarrierWait(&shared.o_full[slot], parity);
-    if (params.query_offset != 0 && tile.row == 0) {
-      StoreFirstTile<kHeadDim>(shared.q[slot], tile, params);
+    if (tile.end - tile.begin != kBlock) {
+      StoreRows<kHeadDim>(shared.q[slot], tile, params);
       __syncwarp();
     } else if (lane == 0) {
-      const int token = tile.row * kBlock - params.query_offset;
 #pragma unroll
       for (int p = 0; p < kHeadDim / 64; ++p) {
-        TmaStore(out_map, &shared.q[slot][p * kBlock * 64], {0, token, p, tile.head});
+        TmaStore(out_map, &shared.q[slot][p * kBlock * 64], {0, tile.token, p, tile.head});
       }
       TmaStoreCommit();
       TmaStoreWaitRead();

@@ -1,3 +1,5 @@
+#include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "kernels/cuda/attention/block_sparse_attn.cuh"
@@ -12,22 +14,38 @@ TensorShape HeadPanels(const void* data, int64_t rows, int64_t row_stride, const
   return {data, {64, rows, heads.head_dim / 64, heads.num_heads}, {row_stride, 64, heads.head_dim}};
 }
 
+SequenceTiles MakeSequence(const AttentionSequence& sequence, int32_t num_heads,
+                           uint32_t first_tile) {
+  const int64_t end = sequence.first_position + sequence.rows;
+  SequenceTiles tiles{};
+  tiles.kept = sequence.kept;
+  tiles.page_table = sequence.page_table;
+  tiles.first_row = static_cast<int32_t>(sequence.first_position / kBlockTokens);
+  tiles.query_offset = static_cast<int32_t>(sequence.first_position % kBlockTokens);
+  tiles.end_query = tiles.query_offset + static_cast<int32_t>(sequence.rows);
+  tiles.first_token = static_cast<int32_t>(sequence.first_row) - tiles.query_offset;
+  tiles.num_rows = static_cast<int32_t>(NumBlocks(end)) - tiles.first_row;
+  tiles.end_tile = first_tile + static_cast<uint32_t>(tiles.num_rows * num_heads);
+  tiles.tail_tokens = static_cast<int32_t>(end % kBlockTokens);
+  return tiles;
+}
+
 AttentionKernelParams KernelParams(const AttentionParams& params) {
   const HeadShape& heads = params.kv.shape;
-  const int64_t end = params.first_position + params.rows;
+  // The longest sequences first, whose tiles are the longest: what is left at the end is short.
+  std::array<AttentionSequence, kMaxAttentionSequences> sequences;
+  const auto end = std::copy_n(params.sequences, params.num_sequences, sequences.begin());
+  std::stable_sort(sequences.begin(), end, [](const auto& a, const auto& b) {
+    return a.first_position + a.rows > b.first_position + b.rows;
+  });
   AttentionKernelParams kernel{};
-  kernel.kept = params.kept;
-  kernel.page_table = params.kv.page_table;
+  for (int i = 0; i < params.num_sequences; ++i) {
+    kernel.sequences[i] = MakeSequence(sequences[i], heads.num_heads, kernel.num_tiles);
+    kernel.num_tiles = kernel.sequences[i].end_tile;
+  }
   kernel.tile_counter = params.tile_counter;
-  kernel.first_row = static_cast<int32_t>(params.first_position / kBlockTokens);
-  kernel.query_offset = static_cast<int32_t>(params.first_position % kBlockTokens);
-  kernel.num_queries = static_cast<int32_t>(params.rows);
   kernel.out = static_cast<uint4*>(params.out);
   kernel.out_stride16 = params.out_stride / 8;
-  kernel.num_rows = static_cast<int32_t>(NumBlocks(end)) - kernel.first_row;
-  kernel.num_tiles = static_cast<uint32_t>(int64_t{kernel.num_rows} * heads.num_heads);
-  kernel.last_key_block = static_cast<int32_t>(NumBlocks(end)) - 1;
-  kernel.tail_tokens = static_cast<int32_t>(end % kBlockTokens);
   kernel.group_size = heads.group_size();
   kernel.scale_log2 = kLog2E / std::sqrt(static_cast<float>(heads.head_dim));
   return kernel;
@@ -58,6 +76,9 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream) {
+  if (params.num_sequences < 1 || params.num_sequences > kMaxAttentionSequences) {
+    return cudaErrorInvalidValue;
+  }
   switch (params.kv.shape.head_dim) {
     case 64:
       return Launch<64>(params, stream);

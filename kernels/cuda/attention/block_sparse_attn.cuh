@@ -13,8 +13,9 @@
 //     a warpgroup together, and one that lags can miss a phase and wait for ever.
 //   * O is staged in its tile's own Q buffer; the storer hands that back when its TMA store has
 //     read it.
-//   * Tiles are aligned to key blocks also when the first query is not: rows before it are loaded
-//     as zeros and never stored, so only a tile's first block, the diagonal one, is ever masked.
+//   * Tiles are aligned to key blocks also when the first query is not: rows that are no queries of
+//     the tile's sequence are computed and never stored, so only a tile's first block, the diagonal
+//     one, is ever masked. No row's result depends on another row.
 #pragma once
 
 #include "kernels/cuda/attention/attention_tiles.cuh"
@@ -139,18 +140,18 @@ __device__ __forceinline__ void ComputeTiles(AttentionShared<kHeadDim>& shared,
     Pin(p);
     if (lane == 0) BarrierArrive(&shared.v_empty[RingSlot<kStages>(step - 1)]);
   };
-  const auto zero_tail = [&](const Tile& tile) {
-    if (params.tail_tokens == 0 || params.first_row + tile.row != params.last_key_block) return;
+  const auto zero_tail = [&](int tail_tokens) {
+    if (tail_tokens == 0) return;
     wait_v();
-    ZeroValueTail<kHeadDim>(shared.v[RingSlot<kStages>(step - 1)], params.tail_tokens, consumer);
+    ZeroValueTail<kHeadDim>(shared.v[RingSlot<kStages>(step - 1)], tail_tokens, consumer);
   };
 
   uint32_t w = 0;
   BarrierWait(&shared.q_full[0], 0);
-  Tile tile = shared.tile[0];
+  int tail_tokens = shared.tile[0].tail_tokens;
   // Counts go through a shuffle: only then does the compiler know them to be uniform, and keeps the
   // descriptors of the loop in uniform registers.
-  int count = __shfl_sync(~0u, tile.count, 0);
+  int count = __shfl_sync(~0u, shared.tile[0].count, 0);
   if (count != 0) {  // the first diagonal block: nothing to overlap with
     wait_k();
     WgmmaFence();
@@ -167,7 +168,7 @@ __device__ __forceinline__ void ComputeTiles(AttentionShared<kHeadDim>& shared,
   }
   while (count != 0) {
     const uint32_t slot = RingSlot<2>(w);
-    zero_tail(tile);
+    zero_tail(tail_tokens);
 #pragma unroll 1
     for (int i = 1; i < count; ++i) {
       issue_both(q_base + slot * kTile16, i > 1);
@@ -195,8 +196,8 @@ __device__ __forceinline__ void ComputeTiles(AttentionShared<kHeadDim>& shared,
     ++w;
     const uint32_t next_slot = RingSlot<2>(w);
     BarrierWait(&shared.q_full[next_slot], RingParity<2>(w));
-    const Tile next = shared.tile[next_slot];
-    const int next_count = __shfl_sync(~0u, next.count, 0);
+    const int next_tail = shared.tile[next_slot].tail_tokens;
+    const int next_count = __shfl_sync(~0u, shared.tile[next_slot].count, 0);
     if (next_count != 0) {  // the next tile's diagonal block runs beside this tile's last P V
       issue_both(q_base + next_slot * kTile16, count > 1);
       if (lane == 0) BarrierArrive(&shared.k_empty[RingSlot<kStages>(step)]);
@@ -217,7 +218,7 @@ __device__ __forceinline__ void ComputeTiles(AttentionShared<kHeadDim>& shared,
       finish_pv();
       StageOutput<kHeadDim>(o, rows, shared.q[slot], &shared.o_full[slot], consumer);
     }
-    tile = next;
+    tail_tokens = next_tail;
     count = next_count;
   }
 }

@@ -11,65 +11,78 @@
 namespace headstart::cuda {
 namespace {
 
-constexpr int kLogitThreads = 288;  // two warpgroups that compute, one warp that loads
-constexpr int kBlocksPerCta = 32;
-constexpr int kMassStages = 2;
+// Heads that a CTA works on: they read the same keys, whose way from L2 is what limits the kernel.
+constexpr int kHeadsPerCta = 2;
+constexpr int kHeadThreads = 256;  // two warpgroups, 64 queries each
+// The heads' warpgroups, and one warp that loads.
+constexpr int kLogitThreads = kHeadsPerCta * kHeadThreads + 32;
+constexpr int kLeastBlocksPerCta = 8;
+constexpr int kMassStages = 3;
 constexpr int kMassPolynomial = 2;
 
 struct MassKernelParams {
   const int32_t* page_table;
   float2* partial;
-  int32_t group_size, num_key_blocks;
+  int32_t group_size, num_key_blocks, blocks_per_cta;
   int32_t query_token;  // first query of the last block, in the chunk
   float scale_log2;
 };
 
 template <int kHeadDim>
 struct alignas(1024) MassShared {
-  Bf16 q[kBlock * kHeadDim];
+  Bf16 q[kHeadsPerCta][kBlock * kHeadDim];
   Bf16 k[kMassStages][kBlock * kHeadDim];
   uint64_t q_full, k_full[kMassStages], k_empty[kMassStages];
+};
+
+// The work of a CTA: heads of one group, and the key blocks [begin, end).
+struct MassUnit {
+  int32_t kv_head, first_head, num_heads, begin, end;
 };
 
 template <int kHeadDim>
 __device__ __forceinline__ void LoadOperands(MassShared<kHeadDim>& shared, const CUtensorMap& q_map,
                                              const CUtensorMap& k_map,
-                                             const MassKernelParams& params, int head, int begin,
-                                             int end) {
+                                             const MassKernelParams& params, const MassUnit& unit) {
   constexpr uint32_t kBytes = kBlock * kHeadDim * 2;
   const uint64_t keep = PolicyKeep();
-  BarrierExpect(&shared.q_full, kBytes);
+  BarrierExpect(&shared.q_full, unit.num_heads * kBytes);
+  for (int h = 0; h < unit.num_heads; ++h) {
 #pragma unroll
-  for (int p = 0; p < kHeadDim / 64; ++p) {
-    TmaLoad(&shared.q[p * kBlock * 64], q_map, &shared.q_full, {0, params.query_token, p, head},
-            keep);
+    for (int p = 0; p < kHeadDim / 64; ++p) {
+      TmaLoad(&shared.q[h][p * kBlock * 64], q_map, &shared.q_full,
+              {0, params.query_token, p, unit.first_head + h}, keep);
+    }
   }
-  for (int n = begin; n < end; ++n) {
-    const uint32_t step = n - begin, slot = RingSlot<kMassStages>(step);
+  for (int n = unit.begin; n < unit.end; ++n) {
+    const uint32_t step = n - unit.begin, slot = RingSlot<kMassStages>(step);
     const int page = __ldg(params.page_table + n);
     BarrierWait(&shared.k_empty[slot], RingParity<kMassStages>(step) ^ 1);
     BarrierExpect(&shared.k_full[slot], kBytes);
 #pragma unroll
     for (int p = 0; p < kHeadDim / 64; ++p) {
       TmaLoad(&shared.k[slot][p * kBlock * 64], k_map, &shared.k_full[slot],
-              {p * 64, 0, head / params.group_size, page}, keep);
+              {p * 64, 0, unit.kv_head, page}, keep);
     }
   }
 }
 
+// One warpgroup: 64 queries of the unit's head `h`.
 template <int kHeadDim>
 __device__ __forceinline__ void ComputePartials(MassShared<kHeadDim>& shared,
-                                                const MassKernelParams& params, int head, int begin,
-                                                int end) {
-  const int consumer = threadIdx.x / 128, lane = threadIdx.x % 32;
-  const int row = consumer * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
-  const uint32_t q = DescriptorKMajor(&shared.q[consumer * 64 * 64]),
+                                                const MassKernelParams& params,
+                                                const MassUnit& unit, int h) {
+  const int first_row = threadIdx.x % kHeadThreads / 128 * 64, lane = threadIdx.x % 32;
+  const int row = first_row + threadIdx.x % 128 / 32 * 16 + lane / 4;
+  const uint32_t q = DescriptorKMajor(&shared.q[h][first_row * 64]),
                  k = DescriptorKMajor(shared.k[0]);
+  float2* const partial =
+      params.partial + int64_t{unit.first_head + h} * params.num_key_blocks * kBlock + row;
   float s[64];
   RowState rows{};
   BarrierWait(&shared.q_full, 0);
-  for (int n = begin; n < end; ++n) {
-    const uint32_t step = n - begin, slot = RingSlot<kMassStages>(step);
+  for (int n = unit.begin; n < unit.end; ++n) {
+    const uint32_t step = n - unit.begin, slot = RingSlot<kMassStages>(step);
     BarrierWait(&shared.k_full[slot], RingParity<kMassStages>(step));
     WgmmaFence();
     Pin(s);
@@ -92,38 +105,41 @@ __device__ __forceinline__ void ComputePartials(MassShared<kHeadDim>& shared,
     Exponentiate<kMassPolynomial>(s, rows);
     const float sum0 = QuadSum(rows.sum0), sum1 = QuadSum(rows.sum1);
     if (lane % 4 == 0) {
-      float2* out = params.partial + (int64_t{head} * params.num_key_blocks + n) * kBlock + row;
+      float2* out = partial + int64_t{n} * kBlock;
       out[0] = make_float2(rows.max0, sum0);
       out[8] = make_float2(rows.max1, sum1);
     }
   }
 }
 
-// blockIdx: head of the group (its heads share keys in L2), range of key blocks, KV head.
+// blockIdx: heads of the group (side by side: they share keys in L2), range of key blocks, KV head.
 template <int kHeadDim>
-__global__ void __launch_bounds__(kLogitThreads, 2)
+__global__ void __launch_bounds__(kLogitThreads, 1)
     PartialMassKernel(const __grid_constant__ CUtensorMap q_map,
                       const __grid_constant__ CUtensorMap k_map,
                       const __grid_constant__ MassKernelParams params) {
   extern __shared__ uint8_t raw[];
   auto& shared = *reinterpret_cast<MassShared<kHeadDim>*>(
       (reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t{1023});
-  const int head = blockIdx.z * params.group_size + blockIdx.x;
-  const int begin = blockIdx.y * kBlocksPerCta,
-            end = min(begin + kBlocksPerCta, params.num_key_blocks);
+  const int first_of_group = blockIdx.x * kHeadsPerCta, begin = blockIdx.y * params.blocks_per_cta;
+  const MassUnit unit{static_cast<int>(blockIdx.z),
+                      static_cast<int>(blockIdx.z) * params.group_size + first_of_group,
+                      min(kHeadsPerCta, params.group_size - first_of_group), begin,
+                      min(begin + params.blocks_per_cta, params.num_key_blocks)};
   if (threadIdx.x == 0) {
     BarrierInit(&shared.q_full, 1);
     for (int i = 0; i < kMassStages; ++i) {
       BarrierInit(&shared.k_full[i], 1);
-      BarrierInit(&shared.k_empty[i], kConsumerWarps);
+      BarrierInit(&shared.k_empty[i], unit.num_heads * kHeadThreads / 32);
     }
     BarrierInitFence();
   }
   __syncthreads();
-  if (threadIdx.x < 256) {
-    ComputePartials<kHeadDim>(shared, params, head, begin, end);
-  } else if (threadIdx.x == 256) {
-    LoadOperands<kHeadDim>(shared, q_map, k_map, params, head, begin, end);
+  const int h = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kHeadThreads, 0);
+  if (h < unit.num_heads) {
+    ComputePartials<kHeadDim>(shared, params, unit, h);
+  } else if (threadIdx.x == kHeadsPerCta * kHeadThreads) {
+    LoadOperands<kHeadDim>(shared, q_map, k_map, params, unit);
   }
 }
 
@@ -173,6 +189,18 @@ __global__ void __launch_bounds__(kMassThreads)
   if (lane == 0) mass[block] = sum / static_cast<float>(num_queries);
 }
 
+int CeilDiv(int a, int b) { return (a + b - 1) / b; }
+
+// CTAs that share out the heads of a group.
+int HeadUnits(const HeadShape& heads) { return CeilDiv(heads.group_size(), kHeadsPerCta); }
+
+// Two waves of CTAs, where the keys are enough for that.
+int BlocksPerCta(const BlockMassParams& params, int num_key_blocks) {
+  const int ranges =
+      std::max(1, 2 * params.num_sms / (HeadUnits(params.kv.shape) * params.kv.shape.num_kv_heads));
+  return std::max(kLeastBlocksPerCta, CeilDiv(num_key_blocks, ranges));
+}
+
 template <int kHeadDim>
 cudaError_t LaunchPartials(const BlockMassParams& params, const MassKernelParams& kernel,
                            cudaStream_t stream) {
@@ -189,7 +217,7 @@ cudaError_t LaunchPartials(const BlockMassParams& params, const MassKernelParams
   static const cudaError_t configured = cudaFuncSetAttribute(
       PartialMassKernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (configured != cudaSuccess) return configured;
-  const dim3 grid(heads.group_size(), (kernel.num_key_blocks + kBlocksPerCta - 1) / kBlocksPerCta,
+  const dim3 grid(HeadUnits(heads), CeilDiv(kernel.num_key_blocks, kernel.blocks_per_cta),
                   heads.num_kv_heads);
   PartialMassKernel<kHeadDim><<<grid, kLogitThreads, kSharedBytes, stream>>>(q_map, k_map, kernel);
   return cudaGetLastError();
@@ -206,6 +234,7 @@ cudaError_t LaunchBlockMass(const BlockMassParams& params, cudaStream_t stream) 
                                 params.partial,
                                 heads.group_size(),
                                 num_key_blocks,
+                                BlocksPerCta(params, num_key_blocks),
                                 static_cast<int32_t>(last_block_begin - params.first_position),
                                 kLog2E / std::sqrt(static_cast<float>(heads.head_dim))};
   const cudaError_t error = heads.head_dim == 128  ? LaunchPartials<128>(params, kernel, stream)

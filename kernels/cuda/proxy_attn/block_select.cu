@@ -8,25 +8,50 @@
 namespace headstart::cuda {
 namespace {
 
-// Kept and causal blocks of one head over all rows.
 __device__ __forceinline__ int64_t Triangle(int64_t rows) { return rows * (rows + 1) / 2; }
 
-__device__ __forceinline__ int64_t KeptBlocksOfHead(const SelectionShape& shape, int64_t budget) {
-  const int64_t begin = shape.first_row, end = shape.num_key_blocks();
-  const int64_t tail = max(begin, end - shape.dense_tail_rows);
-  const int64_t full = min(max(budget, begin), tail);  // rows before this one keep everything
-  return Triangle(full) - Triangle(begin) + (tail - full) * budget + Triangle(end) - Triangle(tail);
+__device__ __forceinline__ int ProxyOf(const SelectionShape& shape, int head) {
+  return head / (shape.num_heads / shape.num_proxies);
 }
 
-// One warp: whether all run dense, and how many blocks are kept.
-__global__ void ResolveKernel(const BlockSelectParams params) {
-  const SelectionShape& shape = params.shape;
-  unsigned long long kept = 0;
-  for (int head = threadIdx.x; head < shape.num_heads; head += 32) {
-    kept += KeptBlocksOfHead(shape, params.budget_blocks[head]);
+// A head's budgets: one for all rows, or a row's own.
+struct BudgetOf {
+  const int32_t* rows;  // null: `all` holds
+  int32_t all;
+
+  __device__ __forceinline__ BudgetOf(const BlockSelectParams& params, int head)
+      : rows(nullptr), all(0) {
+    if (params.row_budgets != nullptr) {
+      rows = params.row_budgets + ProxyOf(params.shape, head) * params.shape.num_rows;
+    } else {
+      all = params.budget_blocks[head];
+    }
   }
-#pragma unroll
-  for (int offset = 16; offset > 0; offset >>= 1) kept += __shfl_xor_sync(~0u, kept, offset);
+  // Blocks that are kept of a row (counted from the first), before any fallback.
+  __device__ __forceinline__ int Count(const SelectionShape& shape, int row) const {
+    const int blocks = static_cast<int>(shape.first_row) + row + 1;
+    if (row >= shape.num_rows - shape.dense_tail_rows) return blocks;
+    return min(blocks, rows != nullptr ? rows[row] : all);
+  }
+};
+
+constexpr int kResolveThreads = 1024;
+
+// One CTA, a warp a head: whether all run dense, and how many blocks are kept.
+__global__ void __launch_bounds__(kResolveThreads) ResolveKernel(const BlockSelectParams params) {
+  __shared__ unsigned long long kept;
+  const SelectionShape& shape = params.shape;
+  if (threadIdx.x == 0) kept = 0;
+  __syncthreads();
+  unsigned long long own = 0;
+  for (int head = threadIdx.x / 32; head < shape.num_heads; head += kResolveThreads / 32) {
+    const BudgetOf budget(params, head);
+    for (int row = threadIdx.x % 32; row < shape.num_rows; row += 32) {
+      own += budget.Count(shape, row);
+    }
+  }
+  atomicAdd(&kept, own);
+  __syncthreads();
   if (threadIdx.x != 0) return;
   const uint64_t causal =
       shape.num_heads * (Triangle(shape.num_key_blocks()) - Triangle(shape.first_row));
@@ -35,9 +60,12 @@ __global__ void ResolveKernel(const BlockSelectParams params) {
   *params.totals = {dense ? causal : kept, causal, dense};
 }
 
-__global__ void AddTotalsKernel(const SelectionTotals* totals, SelectionTotals* sum) {
+__global__ void CountBlocksKernel(const SelectionTotals* totals, SelectionTotals* sum) {
   sum->executed_blocks += totals->executed_blocks;
   sum->causal_blocks += totals->causal_blocks;
+}
+
+__global__ void CountFallbackKernel(const SelectionTotals* totals, SelectionTotals* sum) {
   sum->dense_fallback += totals->dense_fallback;
 }
 
@@ -103,9 +131,8 @@ __global__ void __launch_bounds__(kWarps * 32)
   if (row < 0) return;
   const int64_t first = shape.first_row, m = first + row;
   const int blocks = static_cast<int>(m) + 1;
-  const bool dense =
-      params.totals->dense_fallback != 0 || row >= shape.num_rows - shape.dense_tail_rows;
-  const int count = dense ? blocks : min(blocks, params.budget_blocks[head]);
+  const int count =
+      params.totals->dense_fallback != 0 ? blocks : BudgetOf(params, head).Count(shape, row);
   uint16_t* list = params.lists + head * params.head_stride + Triangle(m) - Triangle(first);
   if (lane == 0) params.counts[head * shape.num_rows + row] = count;
   if (count == blocks) {
@@ -113,8 +140,8 @@ __global__ void __launch_bounds__(kWarps * 32)
     return;
   }
   uint32_t* keys = reinterpret_cast<uint32_t*>(raw_keys) + warp * key_capacity;
-  const int proxy = head / (shape.num_heads / shape.num_proxies);
-  const float* scores = params.scores + (proxy * shape.num_rows + row) * shape.score_stride;
+  const float* scores =
+      params.scores + (ProxyOf(shape, head) * shape.num_rows + row) * shape.score_stride;
   const int padded = (blocks + 127) / 128 * 128;
   for (int n = lane; n < padded; n += 32) {
     keys[n] = n < blocks ? RankKey(n, static_cast<int>(m), n < m ? scores[n] : 0.0f, shape) : 0;
@@ -134,15 +161,21 @@ cudaError_t LaunchBlockSelect(const BlockSelectParams& params, cudaStream_t stre
   static const cudaError_t configured =
       cudaFuncSetAttribute(SelectKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes);
   if (configured != cudaSuccess) return configured;
-  ResolveKernel<<<1, 32, 0, stream>>>(params);
+  ResolveKernel<<<1, kResolveThreads, 0, stream>>>(params);
   const dim3 grid(static_cast<unsigned>((shape.num_rows + kWarps - 1) / kWarps), shape.num_heads);
   SelectKernel<<<grid, kWarps * 32, bytes, stream>>>(params, key_capacity);
   return cudaGetLastError();
 }
 
-cudaError_t LaunchAddTotals(const SelectionTotals* totals, SelectionTotals* sum,
-                            cudaStream_t stream) {
-  AddTotalsKernel<<<1, 1, 0, stream>>>(totals, sum);
+cudaError_t LaunchCountBlocks(const SelectionTotals* totals, SelectionTotals* sum,
+                              cudaStream_t stream) {
+  CountBlocksKernel<<<1, 1, 0, stream>>>(totals, sum);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchCountFallback(const SelectionTotals* totals, SelectionTotals* sum,
+                                cudaStream_t stream) {
+  CountFallbackKernel<<<1, 1, 0, stream>>>(totals, sum);
   return cudaGetLastError();
 }
 

@@ -1,13 +1,18 @@
-// How many blocks each head keeps (ProxyAttn, arXiv 2509.24745, step 2).
+// How many blocks each head keeps (ProxyAttn, arXiv 2509.24745, step 2), or each row of a proxy.
 #include "kernels/cuda/proxy_attn/ranking.cuh"
 
 namespace headstart::cuda {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kHeadThreads = 1024;
+constexpr int kRowThreads = 256;
+// Of shared memory, see LeastPrefix.
+constexpr int kItemBytes = sizeof(uint64_t) + sizeof(float);
+constexpr int kMostBytes = 16384 * kItemBytes;  // 2M tokens
 
-__device__ __forceinline__ void SortDescending(uint64_t* items,
-                                               int size) {  // bitonic; size: a power of two
+// Bitonic, by the CTA. size: a power of two.
+template <int kThreads>
+__device__ __forceinline__ void SortDescending(uint64_t* items, int size) {
   for (int width = 2; width <= size; width *= 2) {
     for (int distance = width / 2; distance > 0; distance /= 2) {
       for (int i = threadIdx.x; i < size / 2; i += kThreads) {
@@ -46,9 +51,29 @@ __device__ __forceinline__ int CountToReach(double gamma, const float* mass, int
   return static_cast<int>(__reduce_min_sync(~0u, static_cast<unsigned>(count)));
 }
 
-// One CTA a head. Shared memory: `padded` sort items, each a key above the inverted block number
-// (so that ties go to the lower one), then `padded` floats.
-__global__ void __launch_bounds__(kThreads)
+// The least number of blocks, taken by falling key, ties to the lower one, whose mass reaches
+// gamma. By the CTA; its first warp gets the result. items: shared memory, `padded` sort items,
+// each a key above the inverted block number, then `padded` floats.
+template <int kThreads, typename KeyOf>
+__device__ __forceinline__ int LeastPrefix(uint64_t* items, int padded, int blocks,
+                                           const float* mass, float gamma, const KeyOf& key_of) {
+  for (int n = threadIdx.x; n < padded; n += kThreads) {
+    const uint32_t key = n < blocks ? key_of(n) : 0;
+    items[n] = uint64_t{key} << 32 | static_cast<uint32_t>(~n);
+  }
+  __syncthreads();
+  SortDescending<kThreads>(items, padded);
+  float* ordered = reinterpret_cast<float*>(items + padded);
+  for (int i = threadIdx.x; i < blocks; i += kThreads) {
+    ordered[i] = mass[~static_cast<uint32_t>(items[i])];
+  }
+  __syncthreads();
+  if (threadIdx.x >= 32 || gamma >= 1.0f) return blocks;
+  return CountToReach(gamma, ordered, blocks);
+}
+
+// One CTA a head.
+__global__ void __launch_bounds__(kHeadThreads)
     HeadBudgetKernel(const HeadBudgetParams params, int padded) {
   extern __shared__ uint64_t items[];
   const SelectionShape& shape = params.shape;
@@ -57,21 +82,11 @@ __global__ void __launch_bounds__(kThreads)
   const float* mass = params.mass + int64_t{head} * blocks;
   const float* scores =
       params.scores + (int64_t{proxy} * shape.num_rows + shape.num_rows - 1) * shape.score_stride;
-  for (int n = threadIdx.x; n < padded; n += kThreads) {
-    uint32_t key = 0;
-    if (n < blocks)
-      key = params.shared ? RankKey(n, m, n < m ? scores[n] : 0.0f, shape) : OrderedBits(mass[n]);
-    items[n] = uint64_t{key} << 32 | static_cast<uint32_t>(~n);
-  }
-  __syncthreads();
-  SortDescending(items, padded);
-  float* ordered = reinterpret_cast<float*>(items + padded);
-  for (int i = threadIdx.x; i < blocks; i += kThreads) {
-    ordered[i] = mass[~static_cast<uint32_t>(items[i])];
-  }
-  __syncthreads();
-  if (threadIdx.x >= 32) return;
-  const int count = params.gamma < 1.0f ? CountToReach(params.gamma, ordered, blocks) : blocks;
+  const int count =
+      LeastPrefix<kHeadThreads>(items, padded, blocks, mass, params.gamma, [&](int n) {
+        return params.shared ? RankKey(n, m, n < m ? scores[n] : 0.0f, shape)
+                             : OrderedBits(mass[n]);
+      });
   if (threadIdx.x != 0) return;
   const float ratio = fmaxf(params.budget_ratio[head],
                             __fdiv_rn(static_cast<float>(count), static_cast<float>(blocks)));
@@ -79,6 +94,25 @@ __global__ void __launch_bounds__(kThreads)
   // The small number keeps the rounding of the ratio from adding a block.
   const int kept = static_cast<int>(ceil(static_cast<double>(ratio) * blocks - 0x1p-10));
   params.budget_blocks[head] = max(kept, params.floor_blocks);
+}
+
+__host__ __device__ int PowerOfTwo(int64_t at_least) {
+  int power = 1;
+  while (power < at_least) power *= 2;
+  return power;
+}
+
+// One CTA a row (blockIdx.x, the longest first) of a proxy (blockIdx.y).
+__global__ void __launch_bounds__(kRowThreads) RowBudgetKernel(const RowBudgetParams params) {
+  extern __shared__ uint64_t items[];
+  const SelectionShape& shape = params.shape;
+  const int64_t row = gridDim.x - 1 - blockIdx.x, index = blockIdx.y * shape.num_rows + row;
+  const int m = static_cast<int>(shape.first_row + row);
+  const float* scores = params.scores + index * shape.score_stride;
+  const int count = LeastPrefix<kRowThreads>(
+      items, PowerOfTwo(m + 1), m + 1, params.mass + index * shape.score_stride, params.gamma,
+      [&](int n) { return RankKey(n, m, n < m ? scores[n] : 0.0f, shape); });
+  if (threadIdx.x == 0) params.row_budgets[index] = max(count, params.floor_blocks);
 }
 
 __global__ void FixedBudgetKernel(int num_heads, int blocks, int32_t* budget_blocks) {
@@ -89,16 +123,24 @@ __global__ void FixedBudgetKernel(int num_heads, int blocks, int32_t* budget_blo
 }  // namespace
 
 cudaError_t LaunchHeadBudget(const HeadBudgetParams& params, cudaStream_t stream) {
-  int padded = 1;
-  while (padded < params.shape.num_key_blocks()) padded *= 2;
-  constexpr int kItemBytes = sizeof(uint64_t) + sizeof(float);
+  const int padded = PowerOfTwo(params.shape.num_key_blocks());
   const int bytes = padded * kItemBytes;
-  constexpr int kMostBytes = 16384 * kItemBytes;  // 2M tokens
   if (bytes > kMostBytes) return cudaErrorInvalidValue;
   static const cudaError_t configured = cudaFuncSetAttribute(
       HeadBudgetKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes);
   if (configured != cudaSuccess) return configured;
-  HeadBudgetKernel<<<params.shape.num_heads, kThreads, bytes, stream>>>(params, padded);
+  HeadBudgetKernel<<<params.shape.num_heads, kHeadThreads, bytes, stream>>>(params, padded);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchRowBudget(const RowBudgetParams& params, cudaStream_t stream) {
+  const int bytes = PowerOfTwo(params.shape.num_key_blocks()) * kItemBytes;
+  if (bytes > kMostBytes) return cudaErrorInvalidValue;
+  static const cudaError_t configured = cudaFuncSetAttribute(
+      RowBudgetKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes);
+  if (configured != cudaSuccess) return configured;
+  const dim3 grid(static_cast<unsigned>(params.shape.num_rows), params.shape.num_proxies);
+  RowBudgetKernel<<<grid, kRowThreads, bytes, stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -309,14 +309,9 @@ ScoreKernelParams KernelParams(const ProxyScoreParams& params) {
 template <int kHeadDim, int kStride>
 cudaError_t Launch(const ProxyScoreParams& params, cudaStream_t stream) {
   const ScoreKernelParams kernel = KernelParams(params);
-  const int64_t d = params.head_dim, num_k = params.first_sample + params.num_q;
   CUtensorMap q_map, k_map;
-  const TensorShape q{params.q,
-                      {d, params.num_q, params.num_proxies, 1},
-                      {params.q_row_stride, params.q_head_stride, params.q_head_stride}};
-  const TensorShape k{params.k, {d, num_k, params.num_key_heads, 1}, {d, num_k * d, num_k * d}};
-  cudaError_t error = MakeTensorMap(q, kQueryRows, &q_map);
-  if (error == cudaSuccess) error = MakeTensorMap(k, kKeyTile, &k_map);
+  cudaError_t error = MakeTensorMap(SampledQueries(params), kQueryRows, &q_map);
+  if (error == cudaSuccess) error = MakeTensorMap(SampledKeys(params), kKeyTile, &k_map);
   if (error != cudaSuccess) return error;
   constexpr int kSharedBytes = sizeof(ScoreShared<kHeadDim>) + 1024;
   static const cudaError_t configured =
@@ -329,7 +324,8 @@ cudaError_t Launch(const ProxyScoreParams& params, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(CeilDiv(params.num_q, kSamples)), params.num_proxies);
   const size_t shift_bytes = kernel.shape.ranges * kSamples * sizeof(float);
   ReduceScoresKernel<kStride><<<grid, kReduceThreads, shift_bytes, stream>>>(
-      kernel, static_cast<int>(params.first_sample / kSamples), params.scores, params.score_stride);
+      kernel, static_cast<int>(params.first_sample / kSamples), params.scores, params.score_stride,
+      params.log_sums);
   return cudaGetLastError();
 }
 

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include "kernels/cuda/device/numeric.cuh"
+#include "kernels/cuda/device/tensor_map.h"
 #include "kernels/cuda/launchers.h"
 
 namespace headstart::cuda {
@@ -16,6 +17,17 @@ inline constexpr int kRangeTiles = 32;
 inline constexpr int kMaxRanges = 128;  // 2M tokens at stride 4
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What the kernels over sampled tokens read: {d, sample, head}.
+inline TensorShape SampledQueries(const ProxyScoreParams& params) {
+  return {params.q,
+          {params.head_dim, params.num_q, params.num_proxies, 1},
+          {params.q_row_stride, params.q_head_stride, params.q_head_stride}};
+}
+inline TensorShape SampledKeys(const ProxyScoreParams& params) {
+  const int64_t d = params.head_dim, num_k = params.first_sample + params.num_q;
+  return {params.k, {d, num_k, params.num_key_heads, 1}, {d, num_k * d, num_k * d}};
+}
 
 // Queries are walked from `origin`, the multiple of 64 at or before the first one: then one key
 // tile holds the diagonal of a warpgroup.
@@ -53,21 +65,22 @@ struct ScoreKernelParams {
 inline constexpr int kReduceThreads = 128;
 
 // Joins the sums that a query has of its ranges of keys, `stride` apart: to shift[range * step] =
-// reference - log-sum-exp.
-__device__ __forceinline__ void RowLogSum(const float2* sums, int stride, int ranges, float* shift,
-                                          int step) {
+// reference - log-sum-exp. Returns the log-sum-exp.
+__device__ __forceinline__ float RowLogSum(const float2* sums, int stride, int ranges, float* shift,
+                                           int step) {
   float highest = -INFINITY, sum = 0.0f;
   for (int r = 0; r < ranges; ++r) highest = fmaxf(highest, sums[int64_t{r} * stride].y);
   for (int r = 0; r < ranges; ++r) sum += exp2f(sums[int64_t{r} * stride].y - highest);
   const float log_sum = highest + log2f(sum);
   for (int r = 0; r < ranges; ++r) shift[r * step] = sums[int64_t{r} * stride].x - log_sum;
+  return log_sum;
 }
 
 // One CTA per query block and proxy.
 template <int kStride>
 __global__ void __launch_bounds__(kReduceThreads)
     ReduceScoresKernel(const __grid_constant__ ScoreKernelParams params, int first_row,
-                       float* scores, int64_t score_stride) {
+                       float* scores, int64_t score_stride, float* log_sums) {
   constexpr int kSamples = static_cast<int>(kBlockTokens) / kStride;  // of a block
   extern __shared__ float shift[];  // [ranges][kSamples]: reference - log-sum-exp
   const ScoreShape& shape = params.shape;
@@ -92,7 +105,11 @@ __global__ void __launch_bounds__(kReduceThreads)
     const float2* sums =
         params.sums + int64_t{proxy} * shape.ranges * shape.num_q + first_query + t;
     const int ranges = t < queries ? ((m + 1) * kSamples - 1) / kKeyTile / kRangeTiles + 1 : 0;
-    RowLogSum(sums, shape.num_q, min(ranges, shape.ranges), shift + t, kSamples);
+    const float log_sum =
+        RowLogSum(sums, shape.num_q, min(ranges, shape.ranges), shift + t, kSamples);
+    if (log_sums != nullptr && t < queries) {
+      log_sums[int64_t{proxy} * shape.num_q + first_query + t] = log_sum;
+    }
   }
   __syncthreads();
   float* out = scores + (int64_t{proxy} * gridDim.x + q_block) * score_stride;

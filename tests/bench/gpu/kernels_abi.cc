@@ -87,9 +87,11 @@ int HeadstartAttention(Context* context, const Problem* p, cudaStream_t stream) 
   params.rows = p->rows;
   params.q_stride = p->q_stride;
   params.out_stride = int64_t{p->num_heads} * p->head_dim;
-  params.first_position = p->first_position;
   params.kv = PagesOf(*p);
-  if (p->selected != 0) params.kept = context->selector.kept();
+  headstart::cuda::AttentionSequence sequence{0, p->rows, p->first_position, p->page_table, {}};
+  if (p->selected != 0) sequence.kept = context->selector.kept();
+  params.sequences = &sequence;
+  params.num_sequences = 1;
   params.tile_counter = static_cast<uint32_t*>(context->tile_counter.get());
   params.num_sms = context->num_sms;
   return Report(

@@ -1,21 +1,27 @@
 // Time to the first token of the engine on random prompts, with a sink that throws the KV away (or
 // writes it to a file).
 //
-//   prefill_bench MODEL_DIR --tokens N … [--density D …] [--chunk N] [--repeat N] [--dump FILE]
+//   prefill_bench MODEL_DIR --tokens N … [--density D …] [--preset NAME …] [--chunk N] [--repeat N]
+//                 [--prompt FILE] [--dump FILE] [--trace FILE]
 //
 // A density of 0 is dense attention; others force every head's budget, with g = H, s = 16 (the
-// selection itself runs in full). One JSON object a run on standard output. The prompt's ids are (i
-// * 7919 + 13) mod vocab_size.
+// selection itself runs in full). A preset runs as it is. One JSON object a run on standard output.
+// The prompt is the first tokens of FILE (int32 ids, as they lie in memory), or the ids
+// (i * 7919 + 13) mod vocab_size. --trace: the last run once more, with what ran on the GPU written
+// to FILE (kernel_trace.h).
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <fstream>
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "engine/engine.h"
 #include "kernels/base/status_macros.h"
+#include "tests/bench/gpu/kernel_trace.h"
 
 namespace headstart {
 namespace {
@@ -49,11 +55,17 @@ class DiscardingSink : public KvSink {
   std::vector<std::byte> memory_;
 };
 
+// One way to run attention: a preset, or a density that is forced.
+struct Attention {
+  std::string preset;
+  float density = 0.0f;
+};
+
 struct Arguments {
-  std::string model_dir, dump_file;
+  std::string model_dir, dump_file, trace_file, prompt_file;
   int64_t chunk = 8192, repeat = 1;
   std::vector<int64_t> tokens;
-  std::vector<float> densities;
+  std::vector<Attention> attentions;
 };
 
 Arguments Parse(int argc, char** argv) {
@@ -66,15 +78,42 @@ Arguments Parse(int argc, char** argv) {
     if (name == "--chunk") arguments.chunk = std::atoll(value);
     if (name == "--repeat") arguments.repeat = std::atoll(value);
     if (name == "--dump") arguments.dump_file = value;
-    if (name == "--density") arguments.densities.push_back(std::strtof(value, nullptr));
+    if (name == "--trace") arguments.trace_file = value;
+    if (name == "--prompt") arguments.prompt_file = value;
+    if (name == "--density") arguments.attentions.push_back({"", std::strtof(value, nullptr)});
+    if (name == "--preset") arguments.attentions.push_back({value, 0.0f});
   }
-  if (arguments.densities.empty()) arguments.densities = {0.0f};
+  if (arguments.attentions.empty()) arguments.attentions = {Attention()};
   return arguments;
 }
 
-ProxyAttnOptions ForcedDensity(const HeadShape& heads, float density) {
+absl::StatusOr<std::vector<int32_t>> MakePrompt(const Arguments& arguments, int64_t tokens,
+                                                int32_t vocab_size) {
+  std::vector<int32_t> ids(tokens);
+  if (arguments.prompt_file.empty()) {
+    for (int64_t i = 0; i < tokens; ++i) {
+      ids[i] = static_cast<int32_t>((i * 7919 + 13) % vocab_size);
+    }
+    return ids;
+  }
+  std::ifstream file(arguments.prompt_file, std::ios::binary);
+  const auto bytes = static_cast<std::streamsize>(tokens * sizeof(int32_t));
+  if (!file.read(reinterpret_cast<char*>(ids.data()), bytes)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(arguments.prompt_file, " has less than ", tokens, " token ids"));
+  }
+  return ids;
+}
+
+absl::StatusOr<ProxyAttnOptions> OptionsOf(const Attention& attention, const HeadShape& heads) {
+  if (!attention.preset.empty()) {
+    const auto preset = ParseAttentionPreset(attention.preset);
+    if (!preset.ok()) return preset.status();
+    return ResolvePreset(*preset, heads);
+  }
+  if (attention.density == 0.0f) return ProxyAttnOptions();
   ProxyAttnOptions options = ResolvePreset(AttentionPreset::kBalanced, heads);
-  options.forced_density = density;
+  options.forced_density = attention.density;
   options.dense_above_density = 1.0f;
   return options;
 }
@@ -85,22 +124,23 @@ double DeviceGigabytesInUse() {
   return static_cast<double>(total_bytes - free_bytes) / 1e9;
 }
 
-absl::Status RunOnce(Engine& engine, const Arguments& arguments, int64_t tokens, float density) {
+absl::Status RunOnce(Engine& engine, const Arguments& arguments, int64_t tokens,
+                     const Attention& attention) {
   const ModelConfig& config = engine.config();
   PrefillJob job;
-  for (int64_t i = 0; i < tokens; ++i) {
-    job.token_ids.push_back(static_cast<int32_t>((i * 7919 + 13) % config.vocab_size));
-  }
-  if (density > 0) job.attention = ForcedDensity(config.heads, density);
+  HEADSTART_ASSIGN_OR_RETURN(job.token_ids, MakePrompt(arguments, tokens, config.vocab_size));
+  HEADSTART_ASSIGN_OR_RETURN(job.attention, OptionsOf(attention, config.heads));
   DiscardingSink sink(arguments.dump_file);
   const auto result = engine.RunPrefill(job, sink);
   if (!result.ok()) return result.status();
   const auto executed = static_cast<double>(result->executed_blocks);
   std::printf(
-      "{\"tokens\": %lld, \"chunk\": %lld, \"asked_density\": %g, \"density\": %.4f, \"ttft_ms\": "
+      "{\"tokens\": %lld, \"chunk\": %lld, \"preset\": \"%s\", \"asked_density\": %g, "
+      "\"density\": %.4f, \"ttft_ms\": "
       "%.1f, \"attention_ms\": %.1f, \"selection_ms\": %.1f, \"device_gb\": %.2f, \"token\": %d, "
       "\"logprob\": %.4f}\n",
-      static_cast<long long>(tokens), static_cast<long long>(arguments.chunk), density,
+      static_cast<long long>(tokens), static_cast<long long>(arguments.chunk),
+      attention.preset.c_str(), attention.density,
       executed / static_cast<double>(result->causal_blocks), result->total_seconds * 1e3,
       result->attention_seconds * 1e3, result->selection_seconds * 1e3, DeviceGigabytesInUse(),
       result->first_token.id, result->first_token.logprob);
@@ -116,13 +156,17 @@ absl::Status Run(const Arguments& arguments) {
   options.chunk_tokens = arguments.chunk;
   HEADSTART_ASSIGN_OR_RETURN(const auto engine, Engine::Create(options, [](int64_t, int64_t) {}));
   for (const int64_t tokens : arguments.tokens) {
-    for (const float density : arguments.densities) {
+    for (const Attention& attention : arguments.attentions) {
       for (int64_t r = 0; r < arguments.repeat; ++r) {
-        HEADSTART_RETURN_IF_ERROR(RunOnce(*engine, arguments, tokens, density));
+        HEADSTART_RETURN_IF_ERROR(RunOnce(*engine, arguments, tokens, attention));
       }
     }
   }
-  return absl::OkStatus();
+  if (arguments.trace_file.empty()) return absl::OkStatus();
+  HEADSTART_RETURN_IF_ERROR(StartKernelTrace());
+  HEADSTART_RETURN_IF_ERROR(
+      RunOnce(*engine, arguments, arguments.tokens.back(), arguments.attentions.back()));
+  return WriteKernelTrace(arguments.trace_file);
 }
 
 }  // namespace
@@ -131,9 +175,10 @@ absl::Status Run(const Arguments& arguments) {
 int main(int argc, char** argv) {
   const headstart::Arguments arguments = headstart::Parse(argc, argv);
   if (arguments.tokens.empty()) {
-    std::fprintf(stderr,
-                 "usage: prefill_bench MODEL_DIR --tokens N ... [--density D ...] [--chunk N] "
-                 "[--repeat N] [--dump FILE]\n");
+    std::fprintf(
+        stderr,
+        "usage: prefill_bench MODEL_DIR --tokens N ... [--density D ...] [--preset NAME ...] "
+        "[--chunk N] [--repeat N] [--prompt FILE] [--dump FILE] [--trace FILE]\n");
     return 2;
   }
   const absl::Status status = headstart::Run(arguments);
