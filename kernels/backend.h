@@ -125,6 +125,12 @@ class Backend {
   virtual DType residual_dtype() const = 0;
 
   // ---- memory
+  // Most that attention and selection come to keep beside what is allocated here, for sequences of up to `num_tokens`
+  // tokens in chunks of up to `chunk_tokens`, whatever the options. 0: the backend makes no plan of it.
+  virtual int64_t PlanScratchBytes(const HeadShape& /*heads*/, int64_t /*chunk_tokens*/,
+                                   int64_t /*num_tokens*/) const {
+    return 0;
+  }
   // RESOURCE_EXHAUSTED with the number of bytes when there is not enough.
   virtual absl::StatusOr<Buffer> Allocate(int64_t bytes) = 0;
   virtual absl::Status Upload(const void* host, int64_t bytes, void* device) = 0;

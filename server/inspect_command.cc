@@ -33,12 +33,21 @@ struct Inspection {
   MemoryPlan memory;
 };
 
-absl::StatusOr<DType> ComputeDTypeOf(const BackendOptions& options) {
-  if (options.dtype == ComputeDType::kBF16) return DType::kBF16;
-  if (options.dtype == ComputeDType::kF32) return DType::kF32;
-  if (options.device == "cuda") return DType::kBF16;  // known without a GPU at hand
-  HEADSTART_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend, MakeBackend(options));
-  return backend->compute_dtype();
+// What the machine adds to what the model's config says.
+absl::Status PlanForDevice(const BackendOptions& options, Inspection* out) {
+  std::unique_ptr<Backend> backend;
+  if (options.device == "cuda") {  // a plan can be made without a GPU at hand
+    out->kv_dtype = options.dtype == ComputeDType::kF32 ? DType::kF32 : DType::kBF16;
+  } else {
+    HEADSTART_ASSIGN_OR_RETURN(backend, MakeBackend(options));
+    out->kv_dtype = backend->compute_dtype();
+  }
+  out->memory = PlanMemory(out->config, out->kv_dtype, out->chunk_tokens, out->kv_pool_tokens);
+  if (backend != nullptr) {
+    out->memory.scratch_bytes =
+        backend->PlanScratchBytes(out->config.heads, out->chunk_tokens, out->max_prompt_tokens);
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<Inspection> Inspect(const ServerOptions& options) {
@@ -46,14 +55,13 @@ absl::StatusOr<Inspection> Inspect(const ServerOptions& options) {
   HEADSTART_ASSIGN_OR_RETURN(out.config, ReadModelConfig(options.model_dir));
   HEADSTART_ASSIGN_OR_RETURN(const auto files, WeightFiles::Open(options.model_dir));
   out.stored_weight_bytes = files->total_bytes();
-  HEADSTART_ASSIGN_OR_RETURN(out.kv_dtype, ComputeDTypeOf(options.backend));
   out.max_prompt_tokens =
       options.max_prompt_tokens == 0 ? out.config.max_positions : options.max_prompt_tokens;
   const int64_t pool_tokens =
       options.kv_pool_tokens == 0 ? out.max_prompt_tokens : options.kv_pool_tokens;
   out.kv_pool_tokens = NumBlocks(pool_tokens) * kBlockTokens;
   out.chunk_tokens = std::min(options.chunk_tokens, out.max_prompt_tokens);
-  out.memory = PlanMemory(out.config, out.kv_dtype, out.chunk_tokens, out.kv_pool_tokens);
+  HEADSTART_RETURN_IF_ERROR(PlanForDevice(options.backend, &out));
   return out;
 }
 
@@ -79,6 +87,7 @@ nlohmann::ordered_json ToJson(const Inspection& i) {
            {{"weights", i.memory.weight_bytes},
             {"kv_pool", i.memory.kv_pool_bytes},
             {"workspace", i.memory.workspace_bytes},
+            {"scratch", i.memory.scratch_bytes},
             {"total", i.memory.total_bytes()}}}};
 }
 
@@ -95,13 +104,15 @@ void PrintText(const Inspection& i) {
       "memory, weights     %.1f MiB (%.1f MiB in the files)\n"
       "memory, KV pool     %.1f MiB (%d tokens)\n"
       "memory, workspace   %.1f MiB (chunks of %d tokens)\n"
+      "memory, scratch     %.1f MiB (attention and selection, at most)\n"
       "memory, in all      %.1f MiB\n",
       c.architecture, c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size,
       c.heads.num_heads, c.heads.num_kv_heads, c.heads.head_dim, RopeTypeName(c.rope.type),
       c.max_positions, i.max_prompt_tokens, std::string(DTypeName(i.kv_dtype)),
       i.memory.kv_bytes_per_token, MiB(i.memory.kv_bytes_per_token * i.max_prompt_tokens),
       MiB(i.memory.weight_bytes), MiB(i.stored_weight_bytes), MiB(i.memory.kv_pool_bytes),
-      i.kv_pool_tokens, MiB(i.memory.workspace_bytes), i.chunk_tokens, MiB(i.memory.total_bytes()));
+      i.kv_pool_tokens, MiB(i.memory.workspace_bytes), i.chunk_tokens, MiB(i.memory.scratch_bytes),
+      MiB(i.memory.total_bytes()));
 }
 
 int RunInspect(const InspectFlags& flags) {

@@ -49,6 +49,13 @@ void JoinPartials(const float* partials, int64_t stride, int64_t num_splits, int
   for (int64_t i = 0; i < head_dim; ++i) out[i] = T(acc[i] / sum);
 }
 
+// A tile's list of kept blocks, at the start of its scratch.
+int64_t BlockListBytes(int64_t num_blocks) {
+  return RoundUp(num_blocks * int64_t{sizeof(int32_t)}, 64);
+}
+
+int64_t PartialSize(const HeadShape& shape) { return shape.head_dim + 2; }
+
 int64_t NumSplits(int64_t num_tokens) {
   return (num_tokens + simd::kRowTokens - 1) / simd::kRowTokens;
 }
@@ -59,6 +66,26 @@ absl::Status CpuAttention::Run(const AttentionArgs& args, const BlockSelection* 
                                LayerStats& stats) {
   if (selection == nullptr && args.q.rows <= kMaxDirectRows) return RunRows(args, stats);
   return RunTiles(args, selection, stats);
+}
+
+int64_t CpuAttention::PackedBytes(const HeadShape& shape, int64_t num_tokens) const {
+  return 2 * NumBlocks(num_tokens) * shape.num_kv_heads *
+         kernels_.packed_page_bytes(shape.head_dim);
+}
+
+int64_t CpuAttention::TileScratchBytes(const HeadShape& shape, int64_t num_tokens) const {
+  return BlockListBytes(NumBlocks(num_tokens)) +
+         RoundUp(kernels_.tile_scratch_bytes(shape.head_dim), 64);
+}
+
+int64_t CpuAttention::PartialsBytes(const HeadShape& shape, int64_t num_rows, int64_t num_tokens) {
+  return num_rows * shape.num_heads * NumSplits(num_tokens) * PartialSize(shape) *
+         int64_t{sizeof(float)};
+}
+
+int64_t CpuAttention::PlanScratchBytes(const HeadShape& shape, int64_t num_tokens) const {
+  return PackedBytes(shape, num_tokens) + num_threads_ * TileScratchBytes(shape, num_tokens) +
+         PartialsBytes(shape, kMaxDirectRows, num_tokens);
 }
 
 void CpuAttention::ListTiles(const AttentionArgs& args, const BlockSelection* selection,
@@ -121,9 +148,8 @@ void CpuAttention::RunTile(const AttentionArgs& args, const BlockSelection* sele
   t.out = args.out.Rows(tile.row, tile.num_rows).Cols(first_col, shape.head_dim).data;
   t.out_stride = args.out.row_stride;
 
-  // The scratch starts with room for the list of kept blocks.
   auto* blocks = reinterpret_cast<int32_t*>(scratch);
-  t.scratch = scratch + RoundUp(pages * int64_t{sizeof(int32_t)}, 64);
+  t.scratch = scratch + BlockListBytes(pages);
   if (selection != nullptr && tile.num_blocks < tile.causal_blocks) {
     const int32_t proxy = tile.head / (selection->num_heads / selection->num_proxies);
     const int32_t* ranking = selection->Ranking(proxy, tile.causal_blocks - 1);
@@ -137,12 +163,9 @@ void CpuAttention::RunTile(const AttentionArgs& args, const BlockSelection* sele
 absl::Status CpuAttention::RunTiles(const AttentionArgs& args, const BlockSelection* selection,
                                     LayerStats& stats) {
   const HeadShape& shape = args.kv.shape;
-  const int64_t pages = NumBlocks(args.first_position + args.q.rows);
-  const int64_t scratch_bytes = RoundUp(pages * int64_t{sizeof(int32_t)}, 64) +
-                                RoundUp(kernels_.tile_scratch_bytes(shape.head_dim), 64);
-  HEADSTART_ASSIGN_OR_RETURN(
-      char* const packed,
-      packed_.Get(2 * pages * shape.num_kv_heads * kernels_.packed_page_bytes(shape.head_dim)));
+  const int64_t num_tokens = args.first_position + args.q.rows;
+  const int64_t scratch_bytes = TileScratchBytes(shape, num_tokens);
+  HEADSTART_ASSIGN_OR_RETURN(char* const packed, packed_.Get(PackedBytes(shape, num_tokens)));
   HEADSTART_ASSIGN_OR_RETURN(char* const scratch, tile_scratch_.Get(num_threads_ * scratch_bytes));
   PackPages(args, packed);
   ListTiles(args, selection, stats);
@@ -157,11 +180,11 @@ absl::Status CpuAttention::RunRows(const AttentionArgs& args, LayerStats& stats)
   const int64_t tokens = args.first_position + args.q.rows;
   const int64_t splits = NumSplits(tokens);
   const int64_t group = shape.group_size();
-  const int64_t partial_size = shape.head_dim + 2;
+  const int64_t partial_size = PartialSize(shape);
   // [row][kv head][split][head of the group][partial_size]
   const int64_t row_size = shape.num_heads * splits * partial_size;
   HEADSTART_ASSIGN_OR_RETURN(char* const memory,
-                             partials_.Get(args.q.rows * row_size * int64_t{sizeof(float)}));
+                             partials_.Get(PartialsBytes(shape, args.q.rows, tokens)));
   auto* partials = reinterpret_cast<float*>(memory);
 
   ParallelFor(num_threads_, args.q.rows * shape.num_kv_heads * splits, [&](int64_t i, int32_t) {

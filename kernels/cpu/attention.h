@@ -26,6 +26,9 @@ class CpuAttention {
   // thread.
   absl::Status Run(const AttentionArgs& args, const BlockSelection* selection, LayerStats& stats);
 
+  // Working memory once sequences of `num_tokens` tokens have run.
+  int64_t PlanScratchBytes(const HeadShape& shape, int64_t num_tokens) const;
+
  private:
   // Query rows [row, row + num_rows) of a head, all in one block, which see num_blocks key blocks:
   // the first ones, or with a selection the best ones of the row's causal_blocks.
@@ -36,6 +39,11 @@ class CpuAttention {
     int64_t num_blocks;
     int64_t causal_blocks;
   };
+
+  // Sizes of packed_, of one thread's part of tile_scratch_, and of partials_.
+  int64_t PackedBytes(const HeadShape& shape, int64_t num_tokens) const;
+  int64_t TileScratchBytes(const HeadShape& shape, int64_t num_tokens) const;
+  static int64_t PartialsBytes(const HeadShape& shape, int64_t num_rows, int64_t num_tokens);
 
   absl::Status RunTiles(const AttentionArgs& args, const BlockSelection* selection,
                         LayerStats& stats);

@@ -111,6 +111,12 @@ CpuBackend::CpuBackend(CpuIsa isa, DType dtype, int32_t num_threads,
 
 // ---- memory
 
+int64_t CpuBackend::PlanScratchBytes(const HeadShape& heads, int64_t chunk_tokens,
+                                     int64_t num_tokens) const {
+  return attention_.PlanScratchBytes(heads, num_tokens) +
+         selector_.PlanScratchBytes(heads, chunk_tokens, num_tokens);
+}
+
 absl::StatusOr<Buffer> CpuBackend::Allocate(int64_t bytes) {
   HEADSTART_ASSIGN_OR_RETURN(HostMemory memory, AllocateHost(bytes));
   return Buffer(this, memory.release(), bytes);

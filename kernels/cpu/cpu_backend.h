@@ -26,6 +26,8 @@ class CpuBackend : public Backend {
   DType compute_dtype() const override { return dtype_; }
   DType residual_dtype() const override { return DType::kF32; }
 
+  int64_t PlanScratchBytes(const HeadShape& heads, int64_t chunk_tokens,
+                           int64_t num_tokens) const override;
   absl::StatusOr<Buffer> Allocate(int64_t bytes) override;
   absl::Status Upload(const void* host, int64_t bytes, void* device) override;
   absl::Status Download(const void* device, int64_t bytes, void* host) override;

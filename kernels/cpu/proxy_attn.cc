@@ -36,6 +36,26 @@ void SelectSparse(const SelectionChunk& c, const SelectionRun& run, BlockSelecti
 
 }  // namespace
 
+int64_t ProxyAttnSelector::PlanScratchBytes(const HeadShape& shape, int64_t chunk_tokens,
+                                            int64_t num_tokens) const {
+  // The last chunk of the longest sequence, in whole blocks.
+  const int64_t rows = NumBlocks(std::min(chunk_tokens, num_tokens)) * kBlockTokens;
+  ProxyAttnOptions options;
+  options.num_proxies = shape.num_heads;
+  options.stride = 4;
+  SelectArgs args;
+  args.q = {nullptr, dtype_, rows, int64_t{shape.num_heads} * shape.head_dim, 0};
+  args.first_position = NumBlocks(num_tokens) * kBlockTokens - rows;
+  args.kv.shape = shape;
+  args.options = &options;
+  const SelectionChunk chunk(args);
+  BlockSelection lists;
+  lists.first_row = chunk.first_row;
+  lists.num_rows = NumBlocks(rows);
+  return SelectionRun(chunk, kernels_, num_threads_, nullptr).bytes() +
+         shape.num_heads * (lists.RankingStride() + lists.num_rows) * int64_t{sizeof(int32_t)};
+}
+
 absl::Status ProxyAttnSelector::Select(const SelectArgs& args, BlockSelection& selection) {
   HEADSTART_RETURN_IF_ERROR(CheckSelectArgs(args, dtype_));
   const SelectionChunk chunk(args);

@@ -28,6 +28,10 @@ class ProxyAttnSelector {
   // range; RESOURCE_EXHAUSTED when working memory is short.
   absl::Status Select(const SelectArgs& args, BlockSelection& selection);
 
+  // Working memory, selection included, once sequences of `num_tokens` tokens have run in chunks of
+  // `chunk_tokens`, with the options that need most.
+  int64_t PlanScratchBytes(const HeadShape& shape, int64_t chunk_tokens, int64_t num_tokens) const;
+
  private:
   const simd::KernelTable& kernels_;
   const DType dtype_;

@@ -215,7 +215,12 @@ TEST_F(ProcessTest, InspectSaysTheSameInJsonAndInWords) {
   EXPECT_EQ(parsed["kv_bytes_per_token"], 1024);
   EXPECT_EQ(parsed["max_context_tokens"], 2048);
   EXPECT_EQ(parsed["architecture"], "llama");
-  EXPECT_GT(parsed["memory_bytes"]["total"], parsed["memory_bytes"]["weights"]);
+  const auto& bytes = parsed["memory_bytes"];
+  // Attention packs K and V of a layer: of the whole context, 2048 tokens.
+  EXPECT_GT(bytes["scratch"], 2048 * 1024 / parsed["num_layers"].get<int>());
+  EXPECT_EQ(bytes["total"].get<int64_t>(),
+            bytes["weights"].get<int64_t>() + bytes["kv_pool"].get<int64_t>() +
+                bytes["workspace"].get<int64_t>() + bytes["scratch"].get<int64_t>());
   const Ended words = Run({"inspect", "--model", dir_ / "tiny", "--dtype", "f32"});
   EXPECT_THAT(words.output, HasSubstr("1024 bytes a token"));
 }
