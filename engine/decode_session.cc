@@ -144,7 +144,8 @@ absl::StatusOr<SampledToken> DecodeSession::Step(int32_t token_id) {
   for (int32_t layer = 0; layer < s.config.num_layers; ++layer) {
     HEADSTART_RETURN_IF_ERROR(s.decoder->RunLayer(layer, chunk));
   }
-  HEADSTART_ASSIGN_OR_RETURN(s.logits, s.decoder->Logits(chunk));
+  HEADSTART_RETURN_IF_ERROR(s.decoder->RunHead(chunk));
+  HEADSTART_ASSIGN_OR_RETURN(s.logits, s.decoder->Logits());
   ++s.num_tokens;
   return SampleToken(s.logits, SamplingOptions{});
 }

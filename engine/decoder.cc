@@ -170,7 +170,7 @@ absl::Status Decoder::RunFfn(const LayerWeights& w, Matrix x, Matrix normed) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<absl::Span<const float>> Decoder::Logits(const Chunk& chunk) {
+absl::Status Decoder::RunHead(const Chunk& chunk) {
   HEADSTART_CHECK(chunk.ends_prompt);
   const auto rows = static_cast<int64_t>(chunk.token_ids.size());
   const Matrix x =
@@ -178,8 +178,10 @@ absl::StatusOr<absl::Span<const float>> Decoder::Logits(const Chunk& chunk) {
   const Matrix normed = View(normed_, backend_.compute_dtype(), 1, config_.hidden_size);
   const Matrix logits = View(logits_, DType::kF32, 1, config_.vocab_size);
   HEADSTART_RETURN_IF_ERROR(backend_.RmsNorm(x, weights_.final_norm, config_.rms_norm_eps, normed));
-  HEADSTART_RETURN_IF_ERROR(
-      backend_.Linear(*weights_.lm_head, normed, logits, LinearOutput::kStore));
+  return backend_.Linear(*weights_.lm_head, normed, logits, LinearOutput::kStore);
+}
+
+absl::StatusOr<absl::Span<const float>> Decoder::Logits() {
   HEADSTART_RETURN_IF_ERROR(
       backend_.Download(logits_.data(), logits_.bytes(), host_logits_.data()));
   return absl::MakeConstSpan(host_logits_);

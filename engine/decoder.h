@@ -42,9 +42,11 @@ class Decoder {
   // Runs one layer over the embedded chunk; layers go in order. K and V of the chunk are in the
   // cache afterwards, where those of all tokens before it must be already.
   absl::Status RunLayer(int32_t layer, const Chunk& chunk);
-  // Logits of the chunk's last row, after the last layer of a chunk that ends the prompt: [vocab],
-  // valid until the next call.
-  absl::StatusOr<absl::Span<const float>> Logits(const Chunk& chunk);
+  // Final norm and output projection of the chunk's last row, after the last layer of a chunk that
+  // ends the prompt.
+  absl::Status RunHead(const Chunk& chunk);
+  // The logits that RunHead made: [vocab], valid until the next call.
+  absl::StatusOr<absl::Span<const float>> Logits();
   // f32 [num_layers][H]: the heads' budget ratios after the chunks so far, see SelectArgs.
   const Buffer& budget_ratio() const { return budget_ratio_; }
 

@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <filesystem>
+#include <optional>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
@@ -12,6 +15,7 @@
 #include "engine/kv_export.h"
 #include "engine/predicted_blocks.h"
 #include "engine/stopwatch.h"
+#include "kernels/base/nonfinite.h"
 #include "kernels/base/status_macros.h"
 
 namespace headstart {
@@ -28,7 +32,9 @@ struct Engine::State {
   std::unique_ptr<Decoder> decoder;
   std::atomic<int64_t> layers_done{0};
 
+  absl::Status WarmUp();
   absl::Status RunChunk(const PrefillJob& job, const Chunk& chunk, KvExport& to_sink);
+  absl::Status ExportLastLayer(int64_t begin, int64_t end, KvExport& to_sink);
   absl::StatusOr<PrefillResult> Run(const PrefillJob& job, KvSink& sink);
   absl::StatusOr<std::vector<float>> BudgetRatios();
 };
@@ -90,6 +96,31 @@ absl::Status CheckStillWanted(const PrefillJob& job, int32_t layer) {
   return absl::OkStatus();
 }
 
+// Takes KV and throws it away.
+class DiscardingSink : public KvSink {
+ public:
+  absl::Status OnStart() override { return absl::OkStatus(); }
+  absl::StatusOr<absl::Span<std::byte>> Reserve(const KvChunkInfo& /*chunk*/,
+                                                int64_t bytes) override {
+    memory_.resize(static_cast<size_t>(bytes));
+    return absl::MakeSpan(memory_);
+  }
+  absl::Status Commit() override { return absl::OkStatus(); }
+
+ private:
+  std::vector<std::byte> memory_;
+};
+
+absl::Status CheckFits(const MemoryPlan& plan, const Backend& backend) {
+  const std::optional<int64_t> free_bytes = backend.FreeBytes();
+  if (!free_bytes.has_value() || plan.total_bytes() <= *free_bytes) return absl::OkStatus();
+  return absl::ResourceExhaustedError(absl::StrCat(
+      "the model needs ", plan.total_bytes(), " bytes (weights ", plan.weight_bytes, ", KV pool ",
+      plan.kv_pool_bytes, ", activations ", plan.workspace_bytes, ", scratch ", plan.scratch_bytes,
+      "), the device has ", *free_bytes, " free: ", plan.total_bytes() - *free_bytes,
+      " are missing; less kv_pool_tokens, max_prompt_tokens or chunk_tokens need less"));
+}
+
 void AddStats(const BackendStats& stats, absl::Span<const int64_t> predicted_blocks,
               PrefillResult& result) {
   for (const LayerStats& layer : stats.layers) {
@@ -111,6 +142,19 @@ void AddStats(const BackendStats& stats, absl::Span<const int64_t> predicted_blo
 
 }  // namespace
 
+absl::StatusOr<MemoryPlan> Engine::Plan(const EngineOptions& options, const Backend& backend) {
+  HEADSTART_ASSIGN_OR_RETURN(const ModelConfig config, ReadModelConfig(options.model_dir));
+  EngineOptions resolved = options;
+  HEADSTART_RETURN_IF_ERROR(Resolve(config, resolved));
+  MemoryPlan plan =
+      PlanMemory(config, backend.compute_dtype(), resolved.chunk_tokens, resolved.kv_pool_tokens);
+  const int64_t longest = std::min(resolved.max_prompt_tokens, resolved.kv_pool_tokens);
+  plan.scratch_bytes =
+      backend.PlanScratchBytes(config.heads, std::min(resolved.chunk_tokens, longest), longest);
+  HEADSTART_RETURN_IF_ERROR(CheckFits(plan, backend));
+  return plan;
+}
+
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options,
                                                        const LoadProgress& progress) {
   // The model first: what is wrong with it is said before a device is touched.
@@ -122,6 +166,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options,
                                                        std::unique_ptr<Backend> backend,
                                                        const LoadProgress& progress) {
+  HEADSTART_RETURN_IF_ERROR(Plan(options, *backend).status());
   auto state = std::make_unique<State>();
   state->options = options;
   state->backend = std::move(backend);
@@ -137,10 +182,12 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   const int64_t num_pages = resolved.kv_pool_tokens / kBlockTokens;
   HEADSTART_ASSIGN_OR_RETURN(state->kv, KvCache::Create(state->config, num_pages, *state->backend));
   state->pool = std::make_unique<BlockPool>(num_pages);
-  HEADSTART_ASSIGN_OR_RETURN(
-      state->decoder, Decoder::Create(state->config, state->weights, state->kv,
-                                      std::min(resolved.chunk_tokens, resolved.max_prompt_tokens),
-                                      *state->backend));
+  const int64_t max_rows = std::min(resolved.chunk_tokens, resolved.max_prompt_tokens);
+  HEADSTART_ASSIGN_OR_RETURN(state->decoder, Decoder::Create(state->config, state->weights,
+                                                             state->kv, max_rows, *state->backend));
+  HEADSTART_RETURN_IF_ERROR(
+      state->backend->ReserveScratch(state->config.heads, max_rows, resolved.max_prompt_tokens));
+  if (state->backend->LearnsShapes()) HEADSTART_RETURN_IF_ERROR(state->WarmUp());
   return std::unique_ptr<Engine>(new Engine(std::move(state)));
 }
 
@@ -192,7 +239,9 @@ absl::StatusOr<PrefillResult> Engine::State::Run(const PrefillJob& job, KvSink& 
     chunk.ends_prompt = begin + count == num_tokens;
     HEADSTART_RETURN_IF_ERROR(RunChunk(job, chunk, to_sink));
   }
-  HEADSTART_ASSIGN_OR_RETURN(const absl::Span<const float> logits, decoder->Logits(chunk));
+  HEADSTART_RETURN_IF_ERROR(decoder->RunHead(chunk));
+  HEADSTART_RETURN_IF_ERROR(ExportLastLayer(chunk.first_position, num_tokens, to_sink));
+  HEADSTART_ASSIGN_OR_RETURN(const absl::Span<const float> logits, decoder->Logits());
   PrefillResult result;
   HEADSTART_ASSIGN_OR_RETURN(result.first_token, SampleToken(logits, job.sampling));
   HEADSTART_ASSIGN_OR_RETURN(const BackendStats stats, backend->ReadStats());
@@ -214,16 +263,43 @@ absl::StatusOr<std::vector<float>> Engine::State::BudgetRatios() {
   return ratios;
 }
 
-// All layers of one chunk; each one's KV leaves as soon as it is done.
+// All layers of one chunk. A layer's KV leaves while its attention and FFN run; behind the last
+// layer there is nothing of that kind, so its KV leaves while the next chunk's first layer runs, or
+// the head.
 absl::Status Engine::State::RunChunk(const PrefillJob& job, const Chunk& chunk, KvExport& to_sink) {
+  const auto num_tokens = static_cast<int64_t>(chunk.token_ids.size());
   HEADSTART_RETURN_IF_ERROR(CheckStillWanted(job, /*layer=*/0));
   HEADSTART_RETURN_IF_ERROR(decoder->Embed(chunk));
   for (int32_t layer = 0; layer < config.num_layers; ++layer) {
     HEADSTART_RETURN_IF_ERROR(CheckStillWanted(job, layer));
     HEADSTART_RETURN_IF_ERROR(decoder->RunLayer(layer, chunk));
-    HEADSTART_RETURN_IF_ERROR(to_sink.ExportLayer(layer, kv.Layer(layer), chunk.first_position,
-                                                  static_cast<int64_t>(chunk.token_ids.size())));
+    if (layer == 0 && chunk.first_position > 0) {
+      HEADSTART_RETURN_IF_ERROR(ExportLastLayer(chunk.first_position - options.chunk_tokens,
+                                                chunk.first_position, to_sink));
+    }
+    if (layer + 1 < config.num_layers) {
+      HEADSTART_RETURN_IF_ERROR(
+          to_sink.ExportLayer(layer, kv.Layer(layer), chunk.first_position, num_tokens));
+    }
     layers_done.fetch_add(1, std::memory_order_relaxed);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Engine::State::ExportLastLayer(int64_t begin, int64_t end, KvExport& to_sink) {
+  const int32_t last = config.num_layers - 1;
+  return to_sink.ExportLayer(last, kv.Layer(last), begin, end - begin);
+}
+
+// Runs prompts of every size that the backend tells apart.
+absl::Status Engine::State::WarmUp() {
+  DiscardingSink sink;
+  PrefillJob job;
+  for (int64_t rows = std::min(options.chunk_tokens, options.max_prompt_tokens); rows > 0;
+       rows /= 2) {
+    job.token_ids.assign(static_cast<size_t>(rows), 0);
+    const absl::Status status = Run(job, sink).status();
+    if (!status.ok() && !IsNonFiniteError(status)) return status;
   }
   return absl::OkStatus();
 }

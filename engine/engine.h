@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "engine/block_pool.h"
 #include "engine/kv_sink.h"
+#include "engine/memory_plan.h"
 #include "engine/model_config.h"
 #include "engine/prefill_job.h"
 #include "engine/weights.h"
@@ -29,8 +30,12 @@ struct EngineOptions {
 
 class Engine {
  public:
+  // What a model needs of the backend's memory; loads nothing. RESOURCE_EXHAUSTED says how many
+  // bytes are missing.
+  static absl::StatusOr<MemoryPlan> Plan(const EngineOptions& options, const Backend& backend);
+
   // Reads the model and prepares its weights. INVALID_ARGUMENT: the model can't be run (names file,
-  // tensor or field).
+  // tensor or field). RESOURCE_EXHAUSTED: as Plan.
   static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options,
                                                         const LoadProgress& progress);
   // With a backend of the caller's: tests.

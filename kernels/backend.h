@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -131,6 +132,16 @@ class Backend {
                                    int64_t /*num_tokens*/) const {
     return 0;
   }
+  // Allocates all of it now, where the backend would otherwise do so with the first request that needs it.
+  virtual absl::Status ReserveScratch(const HeadShape& /*heads*/, int64_t /*chunk_tokens*/,
+                                      int64_t /*num_tokens*/) {
+    return absl::OkStatus();
+  }
+  // What can still be allocated; nothing where the machine gives no firm answer.
+  virtual std::optional<int64_t> FreeBytes() const { return std::nullopt; }
+  // Whether the first run of a shape takes much longer than later ones (a search for the fastest algorithm): the
+  // engine then makes such runs before the first request.
+  virtual bool LearnsShapes() const { return false; }
   // RESOURCE_EXHAUSTED with the number of bytes when there is not enough.
   virtual absl::StatusOr<Buffer> Allocate(int64_t bytes) = 0;
   virtual absl::Status Upload(const void* host, int64_t bytes, void* device) = 0;
@@ -169,7 +180,8 @@ class Backend {
 
   // ---- results
   // Copies tokens [token_begin, token_begin + token_count) of the pages to host memory as K, then V, each
-  // [num_kv_heads][token_count][head_dim]. token_begin: multiple of kBlockTokens.
+  // [num_kv_heads][token_count][head_dim]. token_begin: multiple of kBlockTokens. Waits for nothing but these tokens
+  // when they were written by one of the last two RopeAndStoreKv.
   // NonFiniteError (kernels/base/nonfinite.h) when a copied value is not finite.
   virtual absl::Status ReadKv(const KvPages& kv, int64_t token_begin, int64_t token_count,
                               absl::Span<std::byte> out) = 0;

@@ -13,7 +13,10 @@ int ExitCodeOf(const absl::Status& status) {
     case absl::StatusCode::kNotFound:
     case absl::StatusCode::kDataLoss:
     case absl::StatusCode::kPermissionDenied:
+    case absl::StatusCode::kResourceExhausted:
       return kExitModel;
+    case absl::StatusCode::kInternal:
+      return kExitBackend;
     default:
       return kExitRuntime;
   }

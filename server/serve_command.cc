@@ -48,8 +48,17 @@ absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ServerOptions& options)
   HEADSTART_RETURN_IF_ERROR(ReadModelConfig(options.model_dir).status());
   absl::StatusOr<std::unique_ptr<Backend>> backend = MakeBackend(options.backend);
   if (!backend.ok()) return AsUsageError(backend.status());
-  return Engine::Create(ToEngineOptions(options), *std::move(backend),
-                        MakeLoadProgress(options.log_format));
+  const EngineOptions engine_options = ToEngineOptions(options);
+  HEADSTART_ASSIGN_OR_RETURN(const MemoryPlan plan, Engine::Plan(engine_options, **backend));
+  Log(LogLevel::kInfo, "memory plan",
+      {{"device", (*backend)->device()},
+       {"weight_bytes", plan.weight_bytes},
+       {"kv_pool_bytes", plan.kv_pool_bytes},
+       {"workspace_bytes", plan.workspace_bytes},
+       {"scratch_bytes", plan.scratch_bytes},
+       {"total_bytes", plan.total_bytes()},
+       {"free_bytes", (*backend)->FreeBytes().value_or(-1)}});
+  return Engine::Create(engine_options, *std::move(backend), MakeLoadProgress(options.log_format));
 }
 
 // Complete or not at all: scripts wait for the file and read it.

@@ -11,6 +11,10 @@
 namespace headstart::cuda {
 namespace {
 
+constexpr int64_t kBf16Bytes = 2;
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 bool BudgetsByRow(const ProxyAttnOptions& options) {
   return options.budget == BudgetRule::kRow && options.forced_density == 0;
 }
@@ -56,30 +60,85 @@ void RankRow(int64_t m, const SelectionShape& shape, const float* scores, int32_
 
 }  // namespace
 
+SelectionMemory::SelectionMemory(const HeadShape& heads, int64_t num_tokens, int64_t first_position,
+                                 const ProxyAttnOptions& options, void* base) {
+  const auto begin = reinterpret_cast<uintptr_t>(base);
+  const auto take = [&](int64_t count, int64_t size) {
+    void* const at = reinterpret_cast<void*>(begin + bytes);
+    bytes += (count * size + 255) / 256 * 256;
+    return at;
+  };
+  const int64_t d = heads.head_dim, g = options.num_proxies;
+  const int64_t end = first_position + num_tokens, first_row = first_position / kBlockTokens;
+  const int64_t blocks = NumBlocks(end), rows = blocks - first_row;
+  const int64_t num_q = CeilDiv(num_tokens, options.stride);
+  const int64_t num_keys = first_position / options.stride + num_q;
+  totals = static_cast<SelectionTotals*>(take(1, sizeof(SelectionTotals)));
+  budget_blocks = static_cast<int32_t*>(take(heads.num_heads, sizeof(int32_t)));
+  head_stride = Triangle(blocks) - Triangle(first_row);
+  lists = static_cast<uint16_t*>(take(heads.num_heads * head_stride, sizeof(uint16_t)));
+  counts = static_cast<int32_t*>(take(heads.num_heads * rows, sizeof(int32_t)));
+  // Without an average the queries are read in place.
+  pooled_queries = take(g == heads.num_heads ? 0 : g * num_q * d, kBf16Bytes);
+  pooled_keys = take(std::min<int64_t>(g, heads.num_kv_heads) * num_keys * d, kBf16Bytes);
+  const ProxyScoreScratch score_scratch =
+      PlanProxyScore(num_q, first_position / options.stride, options.num_proxies, options.stride);
+  row_maxima = take(score_scratch.maxima_bytes, 1);
+  row_sums = take(score_scratch.sums_bytes, 1);
+  scores = static_cast<float*>(take(g * rows * blocks, sizeof(float)));
+  if (BudgetsByRow(options)) {
+    query_log_sums = static_cast<float*>(take(g * num_q, sizeof(float)));
+    row_mass = static_cast<float*>(take(g * rows * blocks, sizeof(float)));
+    row_budgets = static_cast<int32_t*>(take(g * rows, sizeof(int32_t)));
+  } else {
+    mass_partials =
+        static_cast<float2*>(take(heads.num_heads * blocks * kBlockTokens, sizeof(float2)));
+    mass_log_sums = static_cast<float*>(take(heads.num_heads * kBlockTokens, sizeof(float)));
+    mass = static_cast<float*>(take(heads.num_heads * blocks, sizeof(float)));
+  }
+}
+
+int64_t BlockSelector::PlanScratch(const HeadShape& heads, int64_t chunk_tokens,
+                                   int64_t num_tokens) {
+  // The last chunk of the longest sequence.
+  const int64_t rows = NumBlocks(std::min(chunk_tokens, num_tokens)) * kBlockTokens;
+  const int64_t first_position = NumBlocks(num_tokens) * kBlockTokens - rows;
+  int64_t most = 0;
+  ProxyAttnOptions options;
+  options.stride = 4;
+  for (const BudgetRule rule : {BudgetRule::kShared, BudgetRule::kRow}) {
+    options.budget = rule;
+    // Proxies that are averages need memory for their queries, one a head needs none.
+    for (const int32_t g : {heads.num_heads, heads.num_heads / 2}) {
+      options.num_proxies = std::max(g, 1);
+      most = std::max(most, SelectionMemory(heads, rows, first_position, options, nullptr).bytes);
+    }
+  }
+  return most;
+}
+
+absl::Status BlockSelector::Reserve(int64_t bytes) { return scratch_.Reserve(bytes).status(); }
+
 absl::Status BlockSelector::Pool(const SelectArgs& args, ProxyScoreParams& params,
                                  cudaStream_t stream) {
   const HeadShape& heads = args.kv.shape;
-  const int64_t num_keys = params.first_sample + params.num_q;
-  const int64_t k_bytes = params.num_key_heads * num_keys * heads.head_dim * 2;
-  HEADSTART_ASSIGN_OR_RETURN(void* const k, pooled_keys_.Reserve(k_bytes));
-  params.k = k;
-  HEADSTART_RETURN_IF_ERROR(ToStatus(LaunchPoolKeys({args.kv, args.first_position + args.q.rows,
-                                                     params.num_key_heads, params.stride, k},
-                                                    stream),
-                                     "pooling keys"));
+  params.k = memory_.pooled_keys;
+  HEADSTART_RETURN_IF_ERROR(
+      ToStatus(LaunchPoolKeys({args.kv, args.first_position + args.q.rows, params.num_key_heads,
+                               params.stride, memory_.pooled_keys},
+                              stream),
+               "pooling keys"));
   if (params.num_proxies == heads.num_heads) {  // nothing to average: read in place
     params.q = args.q.data;
     params.q_head_stride = heads.head_dim;
     params.q_row_stride = params.stride * args.q.row_stride;
     return absl::OkStatus();
   }
+  params.q = memory_.pooled_queries;
   params.q_head_stride = params.num_q * heads.head_dim;
   params.q_row_stride = heads.head_dim;
-  HEADSTART_ASSIGN_OR_RETURN(
-      void* const q, pooled_queries_.Reserve(params.num_proxies * params.q_head_stride * 2));
-  params.q = q;
   return ToStatus(LaunchPoolQueries({args.q.data, args.q.rows, args.q.row_stride, heads,
-                                     params.num_proxies, params.stride, q},
+                                     params.num_proxies, params.stride, memory_.pooled_queries},
                                     stream),
                   "pooling queries");
 }
@@ -88,125 +147,96 @@ absl::Status BlockSelector::Score(const SelectArgs& args, uint32_t* tile_counter
                                   cudaStream_t stream) {
   const ProxyAttnOptions& options = *args.options;
   ProxyScoreParams params{};
-  params.num_q = (args.q.rows + options.stride - 1) / options.stride;
+  params.num_q = CeilDiv(args.q.rows, options.stride);
   params.first_sample = args.first_position / options.stride;
   params.num_proxies = options.num_proxies;
   params.num_key_heads = std::min(options.num_proxies, args.kv.shape.num_kv_heads);
   params.head_dim = args.kv.shape.head_dim;
   params.stride = options.stride;
-  HEADSTART_RETURN_IF_ERROR(Pool(args, params, stream));
-  const ProxyScoreScratch plan =
-      PlanProxyScore(params.num_q, params.first_sample, options.num_proxies, options.stride);
-  HEADSTART_ASSIGN_OR_RETURN(params.row_maxima, maxima_.Reserve(plan.maxima_bytes));
-  HEADSTART_ASSIGN_OR_RETURN(params.row_sums, sums_.Reserve(plan.sums_bytes));
-  params.scores = scores_;
+  params.row_maxima = memory_.row_maxima;
+  params.row_sums = memory_.row_sums;
+  params.scores = memory_.scores;
   params.score_stride = shape_.score_stride;
+  params.log_sums = memory_.query_log_sums;
   params.tile_counter = tile_counter;
   params.num_sms = num_sms_;
-  if (!BudgetsByRow(options)) {
-    return ToStatus(LaunchProxyScore(params, stream), "proxy scores");
-  }
-  const int64_t log_sum_bytes = options.num_proxies * params.num_q * int64_t{sizeof(float)};
-  HEADSTART_ASSIGN_OR_RETURN(void* const log_sums, row_log_sums_.Reserve(log_sum_bytes));
-  params.log_sums = static_cast<float*>(log_sums);
+  HEADSTART_RETURN_IF_ERROR(Pool(args, params, stream));
   HEADSTART_RETURN_IF_ERROR(ToStatus(LaunchProxyScore(params, stream), "proxy scores"));
-  HEADSTART_ASSIGN_OR_RETURN(void* const mass, row_mass_.Reserve(ScoreBytes()));
-  return RowBudgets(options, {params, static_cast<float*>(mass)}, stream);
+  return BudgetsByRow(options) ? RowBudgets(options, params, stream) : HeadBudgets(args, stream);
 }
 
-absl::Status BlockSelector::RowBudgets(const ProxyAttnOptions& options, const RowMassParams& mass,
-                                       cudaStream_t stream) {
-  HEADSTART_RETURN_IF_ERROR(ToStatus(LaunchRowMass(mass, stream), "row mass"));
-  const int64_t bytes = shape_.num_proxies * shape_.num_rows * int64_t{sizeof(int32_t)};
-  HEADSTART_ASSIGN_OR_RETURN(void* const budgets, row_budgets_memory_.Reserve(bytes));
-  row_budgets_ = static_cast<int32_t*>(budgets);
+absl::Status BlockSelector::RowBudgets(const ProxyAttnOptions& options,
+                                       const ProxyScoreParams& scores, cudaStream_t stream) {
+  HEADSTART_RETURN_IF_ERROR(
+      ToStatus(LaunchRowMass({scores, memory_.row_mass}, stream), "row mass"));
   const RowBudgetParams params{
-      shape_,    options.gamma, static_cast<int32_t>(NumBlocks(options.floor_tokens)),
-      mass.mass, scores_,       row_budgets_};
+      shape_,           options.gamma,  static_cast<int32_t>(NumBlocks(options.floor_tokens)),
+      memory_.row_mass, memory_.scores, memory_.row_budgets};
   return ToStatus(LaunchRowBudget(params, stream), "row budgets");
-}
-
-int64_t BlockSelector::ScoreBytes() const {
-  return shape_.num_proxies * shape_.num_rows * shape_.score_stride * int64_t{sizeof(float)};
 }
 
 absl::Status BlockSelector::HeadBudgets(const SelectArgs& args, cudaStream_t stream) {
   const ProxyAttnOptions& options = *args.options;
-  if (dense_by_rule_ || options.forced_density > 0) {
-    const int64_t blocks =
-        dense_by_rule_
-            ? shape_.num_key_blocks()
-            : BudgetForDensity(shape_.first_row, shape_.num_key_blocks(), options.forced_density);
-    return ToStatus(
-        LaunchFixedBudget(shape_.num_heads, static_cast<int32_t>(blocks), budget_blocks_, stream),
-        "fixed budgets");
+  if (options.forced_density > 0) {
+    return FixedBudget(
+        BudgetForDensity(shape_.first_row, shape_.num_key_blocks(), options.forced_density),
+        stream);
   }
-  const int64_t partials = shape_.num_heads * shape_.num_key_blocks() * kBlockTokens;
-  HEADSTART_ASSIGN_OR_RETURN(void* const partial,
-                             partial_.Reserve(partials * int64_t{sizeof(float2)}));
-  HEADSTART_RETURN_IF_ERROR(
-      ToStatus(LaunchBlockMass({args.q.data, args.q.rows, args.q.row_stride, args.first_position,
-                                args.kv, static_cast<float2*>(partial), log_sums_, mass_, num_sms_},
-                               stream),
-               "block mass"));
+  HEADSTART_RETURN_IF_ERROR(ToStatus(
+      LaunchBlockMass({args.q.data, args.q.rows, args.q.row_stride, args.first_position, args.kv,
+                       memory_.mass_partials, memory_.mass_log_sums, memory_.mass, num_sms_},
+                      stream),
+      "block mass"));
   const HeadBudgetParams params{shape_,
                                 options.budget == BudgetRule::kShared,
                                 options.gamma,
                                 static_cast<int32_t>(NumBlocks(options.floor_tokens)),
-                                mass_,
-                                scores_,
+                                memory_.mass,
+                                memory_.scores,
                                 args.budget_ratio,
-                                budget_blocks_};
+                                memory_.budget_blocks};
   return ToStatus(LaunchHeadBudget(params, stream), "head budgets");
+}
+
+absl::Status BlockSelector::FixedBudget(int64_t blocks, cudaStream_t stream) {
+  return ToStatus(LaunchFixedBudget(shape_.num_heads, static_cast<int32_t>(blocks),
+                                    memory_.budget_blocks, stream),
+                  "fixed budgets");
 }
 
 absl::Status BlockSelector::Select(const SelectArgs& args, uint32_t* tile_counter,
                                    cudaStream_t stream) {
+  const ProxyAttnOptions& options = *args.options;
+  const auto lay_out = [&](void* base) {
+    return SelectionMemory(args.kv.shape, args.q.rows, args.first_position, options, base);
+  };
+  HEADSTART_ASSIGN_OR_RETURN(void* const base, scratch_.Reserve(lay_out(nullptr).bytes));
+  memory_ = lay_out(base);
   shape_ = MakeShape(args);
-  dense_by_rule_ = IsDenseByRule(*args.options, args.first_position + args.q.rows, args.layer);
+  dense_by_rule_ = IsDenseByRule(options, args.first_position + args.q.rows, args.layer);
   budget_ratio_ = args.budget_ratio;
-  const int64_t rows = shape_.num_rows, blocks = shape_.num_key_blocks();
-  HEADSTART_ASSIGN_OR_RETURN(void* const scores, scores_memory_.Reserve(ScoreBytes()));
-  scores_ = static_cast<float*>(scores);
-  // Mass, log-sums and budgets of the heads, and the totals, 8-byte aligned in front.
-  const int64_t head_floats = blocks + kBlockTokens + 1;
-  HEADSTART_ASSIGN_OR_RETURN(void* const small,
-                             small_.Reserve(int64_t{sizeof(SelectionTotals)} +
-                                            shape_.num_heads * head_floats * int64_t{4}));
-  totals_ = static_cast<SelectionTotals*>(small);
-  mass_ = reinterpret_cast<float*>(totals_ + 1);
-  log_sums_ = mass_ + shape_.num_heads * blocks;
-  budget_blocks_ = reinterpret_cast<int32_t*>(log_sums_ + shape_.num_heads * kBlockTokens);
-  const int64_t head_stride = Triangle(blocks) - Triangle(shape_.first_row);
-  HEADSTART_ASSIGN_OR_RETURN(void* const lists, lists_.Reserve(shape_.num_heads * head_stride *
-                                                               int64_t{sizeof(uint16_t)}));
-  HEADSTART_ASSIGN_OR_RETURN(void* const counts, counts_memory_.Reserve(shape_.num_heads * rows *
-                                                                        int64_t{sizeof(int32_t)}));
-  kept_ = {static_cast<uint16_t*>(lists), static_cast<int32_t*>(counts), head_stride};
-
-  row_budgets_ = nullptr;
-  if (!dense_by_rule_) HEADSTART_RETURN_IF_ERROR(Score(args, tile_counter, stream));
-  if (row_budgets_ == nullptr) HEADSTART_RETURN_IF_ERROR(HeadBudgets(args, stream));
+  HEADSTART_RETURN_IF_ERROR(dense_by_rule_ ? FixedBudget(shape_.num_key_blocks(), stream)
+                                           : Score(args, tile_counter, stream));
   const BlockSelectParams params{shape_,
-                                 budget_blocks_,
-                                 row_budgets_,
-                                 scores_,
-                                 dense_by_rule_ ? 1.0f : args.options->dense_above_density,
-                                 totals_,
-                                 static_cast<uint16_t*>(lists),
-                                 static_cast<int32_t*>(counts),
-                                 head_stride};
+                                 memory_.budget_blocks,
+                                 dense_by_rule_ ? nullptr : memory_.row_budgets,
+                                 memory_.scores,
+                                 dense_by_rule_ ? 1.0f : options.dense_above_density,
+                                 memory_.totals,
+                                 memory_.lists,
+                                 memory_.counts,
+                                 memory_.head_stride};
   return ToStatus(LaunchBlockSelect(params, stream), "block lists");
 }
 
 bool BlockSelector::Matches(const HeadShape& heads, int64_t first_position,
                             int64_t num_tokens) const {
-  return kept_.lists != nullptr && first_position == shape_.first_row * kBlockTokens &&
+  return memory_.lists != nullptr && first_position == shape_.first_row * kBlockTokens &&
          NumBlocks(num_tokens) == shape_.num_rows && heads.num_heads == shape_.num_heads;
 }
 
 absl::StatusOr<BlockSelection> BlockSelector::Read(cudaStream_t stream) const {
-  if (kept_.lists == nullptr)
+  if (memory_.lists == nullptr)
     return absl::FailedPreconditionError("ReadSelection before SelectBlocks");
   BlockSelection selection;
   selection.num_heads = shape_.num_heads;
@@ -214,13 +244,13 @@ absl::StatusOr<BlockSelection> BlockSelector::Read(cudaStream_t stream) const {
   selection.first_row = shape_.first_row;
   selection.num_rows = shape_.num_rows;
   selection.counts.resize(shape_.num_heads * shape_.num_rows);
-  HEADSTART_RETURN_IF_ERROR(Copy(kept_.counts, selection.counts.size() * sizeof(int32_t),
+  HEADSTART_RETURN_IF_ERROR(Copy(memory_.counts, selection.counts.size() * sizeof(int32_t),
                                  selection.counts.data(), stream));
   selection.budget_ratio.resize(shape_.num_heads);
   HEADSTART_RETURN_IF_ERROR(Copy(budget_ratio_, selection.budget_ratio.size() * sizeof(float),
                                  selection.budget_ratio.data(), stream));
   SelectionTotals totals{};
-  HEADSTART_RETURN_IF_ERROR(Copy(totals_, sizeof(totals), &totals, stream));
+  HEADSTART_RETURN_IF_ERROR(Copy(memory_.totals, sizeof(totals), &totals, stream));
   selection.dense_fallback = totals.dense_fallback != 0;
   selection.ranking.resize(shape_.num_proxies * selection.RankingStride());
   for (int32_t p = 0; p < shape_.num_proxies; ++p) {
@@ -229,7 +259,7 @@ absl::StatusOr<BlockSelection> BlockSelector::Read(cudaStream_t stream) const {
       // Without scores (dense by rule) all are equal: the ranking is by index.
       std::vector<float> scores(m + 1);
       if (!dense_by_rule_) {
-        const float* from = scores_ + (p * shape_.num_rows + row) * shape_.score_stride;
+        const float* from = memory_.scores + (p * shape_.num_rows + row) * shape_.score_stride;
         HEADSTART_RETURN_IF_ERROR(Copy(from, (m + 1) * sizeof(float), scores.data(), stream));
       }
       RankRow(

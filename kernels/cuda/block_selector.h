@@ -13,16 +13,50 @@
 
 namespace headstart::cuda {
 
+// Where the pieces of a selection lie in one stretch of device memory, 256-byte aligned.
+struct SelectionMemory {
+  SelectionMemory() = default;
+  // For a chunk of num_tokens tokens. base: of `bytes` bytes, or null to learn how many.
+  SelectionMemory(const HeadShape& heads, int64_t num_tokens, int64_t first_position,
+                  const ProxyAttnOptions& options, void* base);
+
+  int64_t bytes = 0;
+  SelectionTotals* totals = nullptr;
+  int32_t* budget_blocks = nullptr;  // [num_heads]
+  uint16_t* lists = nullptr;         // see KeptBlocks
+  int32_t* counts = nullptr;
+  int64_t head_stride = 0;
+  void* pooled_queries = nullptr;
+  void* pooled_keys = nullptr;
+  void* row_maxima = nullptr;  // see ProxyScoreScratch
+  void* row_sums = nullptr;
+  float* scores = nullptr;  // [num_proxies][num_rows][key blocks]
+  // Budget rule `row` only.
+  float* query_log_sums = nullptr;  // [num_proxies][sampled queries]
+  float* row_mass = nullptr;        // as scores
+  int32_t* row_budgets = nullptr;   // [num_proxies][num_rows]
+  // The other rules only.
+  float2* mass_partials = nullptr;  // [num_heads][key blocks][kBlockTokens]
+  float* mass_log_sums = nullptr;   // [num_heads][kBlockTokens]
+  float* mass = nullptr;            // [num_heads][key blocks]
+};
+
 class BlockSelector {
  public:
   explicit BlockSelector(int num_sms) : num_sms_(num_sms) {}
 
-  // Enqueues the selection for one chunk of one layer.
+  // Device memory that selections come to need for sequences of up to num_tokens tokens in chunks
+  // of up to chunk_tokens, whatever the options; and takes it.
+  static int64_t PlanScratch(const HeadShape& heads, int64_t chunk_tokens, int64_t num_tokens);
+  absl::Status Reserve(int64_t bytes);
+
+  // Enqueues the selection for one chunk of one layer. The arguments were checked
+  // (kernels/select_args.h).
   absl::Status Select(const SelectArgs& args, uint32_t* tile_counter, cudaStream_t stream);
 
   // What the last Select kept, on the device; only on the stream of Select.
-  const KeptBlocks& kept() const { return kept_; }
-  const SelectionTotals* totals() const { return totals_; }
+  KeptBlocks kept() const { return {memory_.lists, memory_.counts, memory_.head_stride}; }
+  const SelectionTotals* totals() const { return memory_.totals; }
   // Whether the last Select was for this chunk.
   bool Matches(const HeadShape& heads, int64_t first_position, int64_t num_tokens) const;
 
@@ -32,27 +66,19 @@ class BlockSelector {
  private:
   // Sets params.q and params.k.
   absl::Status Pool(const SelectArgs& args, ProxyScoreParams& params, cudaStream_t stream);
-  // Scores; under the budget rule `row` also the budgets.
+  // Scores and budgets.
   absl::Status Score(const SelectArgs& args, uint32_t* tile_counter, cudaStream_t stream);
-  absl::Status RowBudgets(const ProxyAttnOptions& options, const RowMassParams& mass,
+  absl::Status RowBudgets(const ProxyAttnOptions& options, const ProxyScoreParams& scores,
                           cudaStream_t stream);
   absl::Status HeadBudgets(const SelectArgs& args, cudaStream_t stream);
-  int64_t ScoreBytes() const;
+  absl::Status FixedBudget(int64_t blocks, cudaStream_t stream);
 
   const int num_sms_;
-  DeviceScratch pooled_queries_, pooled_keys_, maxima_, sums_, scores_memory_, partial_, small_,
-      lists_, counts_memory_, row_log_sums_, row_mass_, row_budgets_memory_;
-
+  DeviceScratch scratch_;
+  SelectionMemory memory_;  // in scratch_
   SelectionShape shape_{};
   bool dense_by_rule_ = false;
   const float* budget_ratio_ = nullptr;
-  KeptBlocks kept_;
-  float* scores_ = nullptr;           // [num_proxies][num_rows][score_stride]
-  float* mass_ = nullptr;             // [num_heads][key blocks]
-  float* log_sums_ = nullptr;         // [num_heads][kBlockTokens]
-  int32_t* budget_blocks_ = nullptr;  // [num_heads]
-  int32_t* row_budgets_ = nullptr;    // [num_proxies][num_rows]; null: budgets by head
-  SelectionTotals* totals_ = nullptr;
 };
 
 }  // namespace headstart::cuda

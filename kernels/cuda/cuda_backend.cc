@@ -118,6 +118,27 @@ absl::StatusOr<Buffer> CudaBackend::Allocate(int64_t bytes) {
   return Buffer(this, memory.release(), bytes);
 }
 
+int64_t CudaBackend::PlanScratchBytes(const HeadShape& heads, int64_t chunk_tokens,
+                                      int64_t num_tokens) const {
+  return BlockSelector::PlanScratch(heads, chunk_tokens, num_tokens) +
+         KvStaging::DeviceBytes(heads, chunk_tokens) + chunk_tokens * int64_t{sizeof(int32_t)};
+}
+
+absl::Status CudaBackend::ReserveScratch(const HeadShape& heads, int64_t chunk_tokens,
+                                         int64_t num_tokens) {
+  HEADSTART_RETURN_IF_ERROR(CheckHeads(heads));
+  HEADSTART_RETURN_IF_ERROR(
+      selector_.Reserve(BlockSelector::PlanScratch(heads, chunk_tokens, num_tokens)));
+  HEADSTART_RETURN_IF_ERROR(kv_staging_.Reserve(heads, chunk_tokens));
+  return ids_.Reserve(chunk_tokens * int64_t{sizeof(int32_t)}).status();
+}
+
+std::optional<int64_t> CudaBackend::FreeBytes() const {
+  size_t free_bytes = 0, total_bytes = 0;
+  if (cudaMemGetInfo(&free_bytes, &total_bytes) != cudaSuccess) return std::nullopt;
+  return static_cast<int64_t>(free_bytes);
+}
+
 void CudaBackend::Free(void* data) { DeviceMemory{data}.reset(); }
 
 absl::Status CudaBackend::Upload(const void* host, int64_t bytes, void* device) {
@@ -319,7 +340,6 @@ absl::Status CudaBackend::Attention(const AttentionArgs& args) {
   return CountBlocks(args);
 }
 
-// What the layer's selections add up to since ResetStats, on the device.
 absl::StatusOr<SelectionTotals*> CudaBackend::SelectedTotals(int32_t layer) {
   const auto bytes = static_cast<int64_t>(dense_stats_.size() * sizeof(SelectionTotals));
   HEADSTART_ASSIGN_OR_RETURN(void* const totals, selected_totals_.Reserve(bytes));
@@ -371,7 +391,7 @@ absl::Status CudaBackend::ReadKv(const KvPages& kv, int64_t token_begin, int64_t
     HEADSTART_RETURN_IF_ERROR(kv_staging_.Start(kv, token_begin, token_count, stream_.get()));
   }
   HEADSTART_ASSIGN_OR_RETURN(const bool finite,
-                             kv_staging_.Read(token_begin, token_count, out.data()));
+                             kv_staging_.Read(kv, token_begin, token_count, out.data()));
   if (finite) return absl::OkStatus();
   return NonFiniteError(absl::StrCat("KV of tokens ", token_begin, " to ",
                                      token_begin + token_count, " is not finite"));

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,6 +30,12 @@ class CudaBackend : public Backend {
   DType compute_dtype() const override { return DType::kBF16; }
   DType residual_dtype() const override { return DType::kBF16; }
 
+  int64_t PlanScratchBytes(const HeadShape& heads, int64_t chunk_tokens,
+                           int64_t num_tokens) const override;
+  absl::Status ReserveScratch(const HeadShape& heads, int64_t chunk_tokens,
+                              int64_t num_tokens) override;
+  std::optional<int64_t> FreeBytes() const override;
+  bool LearnsShapes() const override { return true; }  // cuBLASLt's algorithms
   absl::StatusOr<Buffer> Allocate(int64_t bytes) override;
   absl::Status Upload(const void* host, int64_t bytes, void* device) override;
   absl::Status Download(const void* device, int64_t bytes, void* host) override;
@@ -68,8 +75,9 @@ class CudaBackend : public Backend {
 
   void Free(void* data) override;
   absl::Status CheckLayer(int32_t layer) const;
-  // Adds what an Attention call executed to its layer's statistics.
+  // What the selections of a layer add up to since ResetStats, on the device.
   absl::StatusOr<SelectionTotals*> SelectedTotals(int32_t layer);
+  // Adds what an Attention call executed to its layer's statistics.
   absl::Status CountBlocks(const AttentionArgs& args);
 
   const std::string device_;

@@ -370,5 +370,22 @@ TEST_F(EngineRunTest, SamplesTheFirstToken) {
   EXPECT_GT(ids.size(), 5);
 }
 
+// A backend that searches for algorithms sees a prompt of every size, halved from the largest chunk
+// on, at start.
+TEST_F(EngineTest, WarmsUpABackendThatLearnsShapes) {
+  ASSERT_OK(testing::WriteTinyModel(dir_.path(), testing::TinyModelOptions()));
+  EngineOptions options = Options(dir_.path());
+  options.chunk_tokens = 256;
+  for (const bool learns : {false, true}) {
+    ASSERT_OK_AND_ASSIGN(auto inner, MakeBackend(options.backend));
+    auto backend = std::make_unique<testing::FaultBackend>(std::move(inner));
+    if (learns) backend->SetLearnsShapes();
+    testing::FaultBackend* const calls = backend.get();
+    ASSERT_OK_AND_ASSIGN(const auto engine, Engine::Create(options, std::move(backend), nullptr));
+    EXPECT_EQ(calls->CountCalls("Embed"), learns ? 9 : 0);  // 256, 128, …, 1
+    EXPECT_EQ(engine->block_pool().free_pages(), engine->block_pool().num_pages());
+  }
+}
+
 }  // namespace
 }  // namespace headstart

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "engine/engine.h"
+#include "kernels/base/status_macros.h"
 #include "tests/testing/fault_backend.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/temp_dir.h"
@@ -59,6 +60,40 @@ TEST(MemoryPlanTest, CountsWhatTheEngineAllocates) {
   const int64_t page_table = 8 * 4;
   const int64_t rope_table = 1024 * 32 * 4;  // made by PrepareRope
   EXPECT_EQ(allocated, plan.kv_pool_bytes + plan.workspace_bytes - rope_table + page_table);
+}
+
+absl::StatusOr<std::unique_ptr<testing::FaultBackend>> BackendWithFreeBytes(int64_t free_bytes) {
+  HEADSTART_ASSIGN_OR_RETURN(auto inner, MakeBackend(BackendOptions()));
+  auto backend = std::make_unique<testing::FaultBackend>(std::move(inner));
+  backend->SetFreeBytes(free_bytes);
+  return backend;
+}
+
+// What does not fit is refused before a weight is loaded, with the bytes that are missing.
+TEST(MemoryPlanTest, RefusesWhatDoesNotFit) {
+  testing::TempDir dir;
+  ASSERT_OK(testing::WriteTinyModel(dir.path(), testing::TinyModelOptions()));
+  EngineOptions options;
+  options.model_dir = dir.path();
+  ASSERT_OK_AND_ASSIGN(auto roomy, BackendWithFreeBytes(int64_t{1} << 40));
+  ASSERT_OK_AND_ASSIGN(const MemoryPlan plan, Engine::Plan(options, *roomy));
+  EXPECT_GT(plan.scratch_bytes, 0);
+
+  ASSERT_OK_AND_ASSIGN(auto exact, BackendWithFreeBytes(plan.total_bytes()));
+  EXPECT_OK(Engine::Plan(options, *exact));
+
+  ASSERT_OK_AND_ASSIGN(auto tight, BackendWithFreeBytes(plan.total_bytes() - 1234));
+  const auto refused = testing::StatusIs(absl::StatusCode::kResourceExhausted,
+                                         ::testing::HasSubstr("1234 are missing"));
+  EXPECT_THAT(Engine::Plan(options, *tight), refused);
+  testing::FaultBackend* const calls = tight.get();
+  int64_t allocations = 0;
+  calls->SetHook([&allocations](const testing::BackendCall& call) {
+    allocations += call.op == "Allocate";
+    return absl::OkStatus();
+  });
+  EXPECT_THAT(Engine::Create(options, std::move(tight), nullptr), refused);
+  EXPECT_EQ(allocations, 0);
 }
 
 }  // namespace

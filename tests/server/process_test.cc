@@ -398,7 +398,7 @@ TEST_F(ServerDeathTest, LostBackendExitsWithFive) {
       return Engine::Create(engine, std::move(backend), nullptr);
     });
   };
-  EXPECT_EXIT(exit(serve()), ::testing::ExitedWithCode(kExitRuntime), "illegal memory access");
+  EXPECT_EXIT(exit(serve()), ::testing::ExitedWithCode(kExitBackend), "illegal memory access");
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -43,10 +44,24 @@ class FaultBackend : public Backend {
   // Calls of `op` so far.
   int64_t CountCalls(absl::string_view op) const;
 
+  // What FreeBytes and LearnsShapes say.
+  void SetFreeBytes(int64_t bytes) { free_bytes_ = bytes; }
+  void SetLearnsShapes() { learns_shapes_ = true; }
+
   std::string name() const override { return inner_->name(); }
   std::string device() const override { return inner_->device(); }
   DType compute_dtype() const override { return inner_->compute_dtype(); }
   DType residual_dtype() const override { return inner_->residual_dtype(); }
+  int64_t PlanScratchBytes(const HeadShape& heads, int64_t chunk_tokens,
+                           int64_t num_tokens) const override {
+    return inner_->PlanScratchBytes(heads, chunk_tokens, num_tokens);
+  }
+  absl::Status ReserveScratch(const HeadShape& heads, int64_t chunk_tokens,
+                              int64_t num_tokens) override {
+    return inner_->ReserveScratch(heads, chunk_tokens, num_tokens);
+  }
+  std::optional<int64_t> FreeBytes() const override { return free_bytes_; }
+  bool LearnsShapes() const override { return learns_shapes_; }
   absl::StatusOr<Buffer> Allocate(int64_t bytes) override;
   absl::Status Upload(const void* host, int64_t bytes, void* device) override;
   absl::Status Download(const void* device, int64_t bytes, void* host) override;
@@ -81,6 +96,8 @@ class FaultBackend : public Backend {
   absl::Status After(absl::string_view op, Matrix out);
 
   std::unique_ptr<Backend> inner_;
+  std::optional<int64_t> free_bytes_;
+  bool learns_shapes_ = false;
   mutable Mutex mutex_;
   Hook hook_ ABSL_GUARDED_BY(mutex_);
   std::string poisoned_op_ ABSL_GUARDED_BY(mutex_);
