@@ -95,7 +95,7 @@ def draw_panel(axes, panel, prometheus, end, range_s, window_s):
     axes.yaxis.set_major_formatter(PercentFormatter(1.0) if percent else FuncFormatter(scale))
     axes.set_ylabel({"percentunit": "", "s": "seconds", "reqps": "per second", "ops": "per second",
                      "Bps": "bytes per second"}[defaults["unit"]], fontsize=8)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=8)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws deploy/grafana/dashboard.png: a real server under the tests' mixed load, scraped by a real Prometheus.
 
-usage: draw_live_dashboard.py [--model DIR --text TOKENS.json] [--seconds N] OUTPUT
+usage: draw_live_dashboard.py [--model DIR --text TOKENS.json] [--seconds N] [--pace N] OUTPUT [-- SERVE_FLAG…]
 
 TOKENS.json: an array of 4096 token ids or more, as deploy/quickstart/make_prompt.py prints it. Needs what tests/run.sh
 installs, and matplotlib.
@@ -28,13 +28,16 @@ def main():
     parser.add_argument("--model", type=pathlib.Path, help="model directory; without it a tiny one with random weights")
     parser.add_argument("--text", type=pathlib.Path, help="token ids of the prompts; random ones without it")
     parser.add_argument("--seconds", type=int, default=120, help="how long the load runs")
+    parser.add_argument("--pace", type=float, default=1, help="how many times longer clients wait between two calls")
     parser.add_argument("output", type=pathlib.Path)
+    parser.add_argument("flags", nargs="*", help="more flags of the server, behind --")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         model = options.model or write_tiny_model(folder / "tiny-random-model", layers=8)
-        with Server(model, folder, "server", *LIMITS) as server, Prometheus([server.admin], folder) as prometheus:
-            load = Load(server.target, json.loads(options.text.read_text()) if options.text else None)
+        with Server(model, folder, "server", *LIMITS, *options.flags) as server, \
+                Prometheus([server.admin], folder) as prometheus:
+            load = Load(server.target, json.loads(options.text.read_text()) if options.text else None, options.pace)
             time.sleep(options.seconds)
             title = f"Headstart, {model.name}, mixed load with errors, cancels and slow readers, {options.seconds} s"
             subprocess.run([sys.executable, REPO / "deploy/grafana/draw_dashboard.py", "--prometheus", prometheus.url,

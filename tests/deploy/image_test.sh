@@ -75,7 +75,7 @@ make_cuda_base() {
 }
 
 make_cuda_bases() {
-  make_cuda_base "$cuda_build_base" bin include nvvm lib64/libcudart_static.a lib64/libcudadevrt.a \
+  make_cuda_base "$cuda_build_base" bin include nvvm lib64/libcudart.so lib64/libcudart_static.a lib64/libcudadevrt.a \
     lib64/libcublasLt.so lib64/libcublasLt.so.13
   make_cuda_base "$cuda_base" lib64/libcublasLt.so.13
 }

@@ -13,6 +13,8 @@ from tiny_model import VOCAB
 
 PREFILL = "/headstart.v1.PrefillService/Prefill"
 LONG = 4096
+# Seconds between two calls of a client, by kind.
+PAUSE = {"short": 0.02, "sparse": 0, "wrong": 0.1, "cancels": 0.2, "burst": 1, "slow_reader": 0, "impatient": 0.2}
 ATTENTION = (
     Attention(preset="fast", gamma=0.1, floor_tokens=128, dense_below_tokens=512),  # sparse
     Attention(preset="balanced", gamma=0.99, dense_below_tokens=512),  # keeps so much that it runs dense
@@ -44,11 +46,13 @@ class Load:
     """Runs one thread for each kind of client, until stop().
 
     text: token ids whose beginnings are the prompts; random ones without it.
+    pace: how many times longer a client waits between two calls; larger models need more.
     """
 
-    def __init__(self, target, text=None):
+    def __init__(self, target, text=None, pace=1):
         self.target = target
         self.text = text
+        self.pace = pace
         self.codes = collections.Counter()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -78,6 +82,7 @@ class Load:
                         with self._lock:
                             self.codes[code] += 1
                     turn += 1
+                    self._stop.wait(self.pace * PAUSE[kind.__name__])
         except Exception as error:  # shown by stop()
             self._crashes.append(error)
 
@@ -94,7 +99,6 @@ class Load:
 
     def short(self, client, _, turn):
         yield self._code(client, self.prompt(64 + turn % 512, turn))
-        time.sleep(0.02)
 
     def sparse(self, client, _, turn):
         yield self._code(client, self.prompt(LONG, turn), attention=ATTENTION[turn % len(ATTENTION)])
@@ -104,7 +108,6 @@ class Load:
         yield self._code(client, [])
         yield self._code(client, [1, 2], model="another")
         yield self._code(client, [1, 2], request_id="no blanks allowed")
-        time.sleep(0.1)
 
     def cancels(self, _, channel, turn):
         call = raw_call(channel, pb.PrefillRequest(token_ids=self.prompt(LONG, turn)))
@@ -114,12 +117,10 @@ class Load:
             yield code_of(call)
         except grpc.RpcError as error:
             yield error.code().name
-        time.sleep(0.2)
 
     def burst(self, _, channel, turn):
         calls = [raw_call(channel, pb.PrefillRequest(token_ids=self.prompt(256, turn))) for _ in range(24)]
         yield from map(code_of, calls)
-        time.sleep(1)
 
     def slow_reader(self, _, channel, turn):
         """Takes its time over every message, and every other time stops reading altogether."""
@@ -133,4 +134,3 @@ class Load:
 
     def impatient(self, _, channel, turn):
         yield code_of(raw_call(channel, pb.PrefillRequest(token_ids=self.prompt(LONG, turn)), timeout=0.02))
-        time.sleep(0.2)
