@@ -26,6 +26,8 @@ mkdir -p "$work/tmp"
 export TMPDIR=$work/tmp
 buildah() { command buildah --root "$work/root" --runroot "$work/run" --storage-driver vfs "$@"; }
 
+has_image() { buildah images -q "$1" >/dev/null 2>&1; }
+
 # Where this machine gets packages from, and whom it trusts for that, the build may too.
 make_base() {
   local root=$work/debootstrap container mirror
@@ -75,9 +77,9 @@ make_cuda_base() {
 }
 
 make_cuda_bases() {
-  make_cuda_base "$cuda_build_base" bin include nvvm lib64/libcudart.so lib64/libcudart_static.a lib64/libcudadevrt.a \
+  has_image "$cuda_build_base" || make_cuda_base "$cuda_build_base" bin include nvvm lib64/libcudart.so lib64/libcudart_static.a lib64/libcudadevrt.a \
     lib64/libcublasLt.so lib64/libcublasLt.so.13
-  make_cuda_base "$cuda_base" lib64/libcublasLt.so.13
+  has_image "$cuda_base" || make_cuda_base "$cuda_base" lib64/libcublasLt.so.13
 }
 
 # inspect IMAGE TEMPLATE: a value of the image's configuration.
@@ -181,9 +183,9 @@ test_image() {
   buildah rm "$container" >/dev/null
 }
 
-buildah images -q "$base" >/dev/null 2>&1 || make_base
+has_image "$base" || make_base
 for target in "$@"; do
-  if [[ $target == cuda ]] && ! buildah images -q "$cuda_base" >/dev/null 2>&1; then make_cuda_bases; fi
+  if [[ $target == cuda ]]; then make_cuda_bases; fi
   build "$target"
   test_image "$target"
 done
