@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from live import headstart
-from manifests import container_of, pod_of, render, server_config, server_config_text
+from manifests import OVERLAYS, container_of, pod_of, render, server_config, server_config_text
 from tiny_model import write_tiny_model
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -88,7 +88,7 @@ def describe(objects, folder):
     }
 
 
-@pytest.mark.parametrize("overlay", ["cpu-demo", "h100"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_pod_starts_passes_its_probes_serves_and_drains(overlay, tmp_path):
     tmp_path.chmod(0o755)
     description = tmp_path / "pod.json"
