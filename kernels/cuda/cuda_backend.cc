@@ -86,6 +86,7 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const BackendOp
   }
   HEADSTART_ASSIGN_OR_RETURN(const cudaDeviceProp properties, FindDevice());
   HEADSTART_ASSIGN_OR_RETURN(Stream stream, MakeStream(/*urgent=*/false));
+  HEADSTART_ASSIGN_OR_RETURN(Event finished, MakeEvent(/*timed=*/false));
   HEADSTART_ASSIGN_OR_RETURN(KvStaging kv_staging, KvStaging::Create());
   HEADSTART_ASSIGN_OR_RETURN(HostTransfer transfer, HostTransfer::Create());
   HEADSTART_ASSIGN_OR_RETURN(auto gemm, CublasLtGemm::Create());
@@ -97,14 +98,15 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const BackendOp
                    properties.totalGlobalMem >> 20, " MiB, bf16");
   return std::unique_ptr<CudaBackend>(
       new CudaBackend(device, properties.multiProcessorCount,
-                      {std::move(stream), std::move(kv_staging), std::move(transfer),
-                       std::move(gemm), std::move(tile_counter)}));
+                      {std::move(stream), std::move(finished), std::move(kv_staging),
+                       std::move(transfer), std::move(gemm), std::move(tile_counter)}));
 }
 
 CudaBackend::CudaBackend(std::string device, int num_sms, Resources resources)
     : device_(std::move(device)),
       num_sms_(num_sms),
       stream_(std::move(resources.stream)),
+      finished_(std::move(resources.finished)),
       kv_staging_(std::move(resources.kv_staging)),
       transfer_(std::move(resources.transfer)),
       gemm_(std::move(resources.gemm)),
@@ -146,8 +148,7 @@ absl::Status CudaBackend::Upload(const void* host, int64_t bytes, void* device) 
     std::memcpy(target, static_cast<const char*>(host) + offset, count);
   };
   kv_staging_.Forget();  // pages may be what is overwritten
-  HEADSTART_RETURN_IF_ERROR(transfer_.Upload(fill, bytes, device, stream_.get()));
-  return ToStatus(cudaStreamSynchronize(stream_.get()), "uploading");
+  return transfer_.Upload(fill, bytes, device, stream_.get());
 }
 
 absl::Status CudaBackend::Download(const void* device, int64_t bytes, void* host) {
@@ -418,7 +419,9 @@ absl::StatusOr<BackendStats> CudaBackend::ReadStats() {
       stats.layers[i].dense_fallbacks += static_cast<int64_t>(totals[i].dense_fallback);
     }
   }
-  HEADSTART_RETURN_IF_ERROR(ToStatus(cudaStreamSynchronize(stream_.get()), "reading statistics"));
+  HEADSTART_RETURN_IF_ERROR(
+      ToStatus(cudaEventRecord(finished_.get(), stream_.get()), "reading statistics"));
+  HEADSTART_RETURN_IF_ERROR(ToStatus(cudaEventSynchronize(finished_.get()), "reading statistics"));
   HEADSTART_ASSIGN_OR_RETURN(stats.selection_seconds, selection_timer_.Seconds());
   HEADSTART_ASSIGN_OR_RETURN(stats.attention_seconds, attention_timer_.Seconds());
   return stats;

@@ -1,4 +1,4 @@
-"""Fixtures: the real `headstart serve` on the CPU, and models."""
+"""Fixtures: the real `headstart serve`, and models."""
 
 import contextlib
 import json
@@ -24,11 +24,11 @@ def program(name):
 class Server:
     """A running `headstart serve` on free ports of the loopback interface."""
 
-    def __init__(self, model_dir, scratch, flags):
+    def __init__(self, model_dir, scratch, flags, device):
         self.log = scratch / "server.log"
         self._port_file = scratch / "ports.json"
         command = [
-            program("headstart"), "serve", "--model", model_dir, "--device", "cpu", "--threads", "2",
+            program("headstart"), "serve", "--model", model_dir, "--device", device, "--threads", "2",
             "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--port-file", self._port_file, *flags,
         ]
         with self.log.open("wb") as log:
@@ -74,11 +74,11 @@ class Server:
 
 @pytest.fixture
 def serve(tmp_path_factory):
-    """serve(model_dir, *flags) is a context manager that yields a Server which is ready."""
+    """serve(model_dir, *flags, device=...) is a context manager that yields a Server which is ready."""
 
     @contextlib.contextmanager
-    def run(model_dir, *flags):
-        server = Server(model_dir, tmp_path_factory.mktemp("server"), flags)
+    def run(model_dir, *flags, device="cpu"):
+        server = Server(model_dir, tmp_path_factory.mktemp("server"), flags, device)
         try:
             yield server.wait_until_ready()
             server.stop()

@@ -3,69 +3,23 @@
 import numpy as np
 import pytest
 import torch
+from against_transformers import (
+    F32_LOGPROB,
+    QUESTIONS,
+    assert_bf16_kv_close,
+    assert_f32_kv_close,
+    assert_first_token,
+    chat_prompt,
+    generate,
+    random_prompt,
+    transformers_prefill,
+)
 from headstart import Attention
 from tiny_models import CONFIGS, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # One token, less than a block, a block, a ragged block more, several, ragged.
 LENGTHS = (1, 77, 128, 300, 1000)
-
-# f32: greatest and mean difference of a KV element, relative to the root mean square of its layer's K or V.
-F32_WORST, F32_MEAN, F32_LOGPROB = 2e-4, 5e-6, 1e-4
-# bf16: how far from the truth (transformers in f32, the same weights) the server may be, measured in how far transformers in
-# bf16 is. Every rounding to bf16 is 0.2 % on average, and a layer has some dozen; what they add up to depends on the model.
-BF16_WORST, BF16_MEAN = 1.5, 1.0
-
-
-def random_prompt(vocab_size, length):
-    return np.random.default_rng(length).integers(0, vocab_size, length).tolist()
-
-
-@torch.inference_mode()
-def transformers_prefill(model, prompt):
-    """KV as [layers][2][kv_heads][tokens][head_dim] in float32, and the logarithms of the first token's probabilities."""
-    output = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
-    layers = [torch.stack((layer.keys[0], layer.values[0])) for layer in output.past_key_values.layers]
-    return torch.stack(layers).float().numpy(), output.logits[0, -1].float().log_softmax(-1).numpy()
-
-
-def kv_error(got, wanted):
-    """Greatest and mean difference, relative to the root mean square of the layer's K or V, and where the greatest is."""
-    assert got.shape == wanted.shape
-    scale = np.sqrt((wanted.astype(np.float64) ** 2).mean(axis=(2, 3, 4), keepdims=True))
-    error = np.abs(got - wanted) / scale
-    worst = np.unravel_index(error.argmax(), error.shape)
-    place = dict(zip(("layer", "k_or_v", "head", "token", "element"), map(int, worst)))
-    return error.max(), error.mean(), f"at {place}: got {got[worst]}, wanted {wanted[worst]}"
-
-
-def assert_f32_kv_close(got, wanted):
-    worst, mean, place = kv_error(got, wanted)
-    assert worst < F32_WORST, f"{worst:.3g} {place}"
-    assert mean < F32_MEAN, f"mean {mean:.3g}"
-
-
-def assert_bf16_kv_close(got, bf16, truth):
-    worst, mean, place = kv_error(got, truth)
-    worst_of_torch, mean_of_torch, _ = kv_error(bf16, truth)
-    assert worst < BF16_WORST * worst_of_torch, f"{worst:.3g}, transformers {worst_of_torch:.3g}, {place}"
-    assert mean < BF16_MEAN * mean_of_torch, f"mean {mean:.3g}, transformers {mean_of_torch:.3g}"
-
-
-def generate(model, prompt, max_new_tokens, cache=None):
-    output = model.generate(
-        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), past_key_values=cache,
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0,
-    )
-    return output[0, len(prompt) :].tolist()
-
-
-def assert_first_token(result, logprobs, tolerance):
-    """The best token, or one that is as good within the tolerance, with its probability."""
-    logprob = logprobs[result.first_token_id]
-    assert abs(result.first_token_logprob - logprob) < tolerance
-    assert logprobs.max() - logprob < tolerance
-
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_f32_equals_transformers(serve, tmp_path, name):
@@ -142,17 +96,9 @@ def test_proxy_attention_leaves_blocks_out_and_says_so(serve, tmp_path):
 
 # ---------------------------------------------------------------------------------------------- the real model
 
-QUESTIONS = ("What is the capital of France?", "Name three primary colors.", "How many legs does a spider have?")
-
-
 @pytest.fixture(scope="module")
 def smollm2_tokenizer(smollm2):
     return AutoTokenizer.from_pretrained(smollm2)
-
-
-def chat_prompt(tokenizer, question):
-    chat = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def test_smollm2_text_equals_transformers_alone(serve, smollm2, smollm2_tokenizer):

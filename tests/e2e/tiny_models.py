@@ -35,8 +35,14 @@ CONFIGS = {
 
 def save_tiny_model(name, path, dtype):
     """Writes the directory as `save_pretrained` does, biases and norms random too, and returns it."""
+    return save_random_model(CONFIGS[name](), path, dtype)
+
+
+def save_random_model(config, path, dtype, device="cpu"):
+    """The same for any config; `device` makes the numbers."""
     torch.manual_seed(11)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias"):

@@ -72,6 +72,7 @@ class CudaSelectionTest : public BackendTest, public ::testing::WithParamInterfa
     auto ratio = backend_->Allocate(static_cast<int64_t>(earlier_ratio.size() * sizeof(float)));
     EXPECT_OK(ratio);
     EXPECT_OK(backend_->Upload(earlier_ratio.data(), ratio->bytes(), ratio->data()));
+    backend_->ResetStats(1);
     EXPECT_OK(backend_->SelectBlocks({q.view, input.first_position, kv.view, 0, input.ends_prompt,
                                       &options, static_cast<float*>(ratio->data())}));
     auto selection = backend_->ReadSelection();

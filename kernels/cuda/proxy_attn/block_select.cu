@@ -39,20 +39,21 @@ constexpr int kResolveThreads = 1024;
 
 // One CTA, a warp a head: whether all run dense, and how many blocks are kept.
 __global__ void __launch_bounds__(kResolveThreads) ResolveKernel(const BlockSelectParams params) {
-  __shared__ unsigned long long kept;
+  constexpr int kWarpsOfCta = kResolveThreads / 32;
+  __shared__ unsigned long long warp_kept[kWarpsOfCta];
   const SelectionShape& shape = params.shape;
-  if (threadIdx.x == 0) kept = 0;
-  __syncthreads();
-  unsigned long long own = 0;
-  for (int head = threadIdx.x / 32; head < shape.num_heads; head += kResolveThreads / 32) {
+  const int num_rows = static_cast<int>(shape.num_rows), warp = threadIdx.x / 32;
+  unsigned long long kept = 0;
+  for (int head = warp; head < shape.num_heads; head += kWarpsOfCta) {
     const BudgetOf budget(params, head);
-    for (int row = threadIdx.x % 32; row < shape.num_rows; row += 32) {
-      own += budget.Count(shape, row);
-    }
+    int of_lane = 0;  // of up to 512 rows a lane, of up to 16384 blocks
+    for (int row = threadIdx.x % 32; row < num_rows; row += 32) of_lane += budget.Count(shape, row);
+    kept += __reduce_add_sync(~0u, static_cast<unsigned>(of_lane));
   }
-  atomicAdd(&kept, own);
+  if (threadIdx.x % 32 == 0) warp_kept[warp] = kept;
   __syncthreads();
   if (threadIdx.x != 0) return;
+  for (int w = 1; w < kWarpsOfCta; ++w) kept += warp_kept[w];
   const uint64_t causal =
       shape.num_heads * (Triangle(shape.num_key_blocks()) - Triangle(shape.first_row));
   const bool dense =

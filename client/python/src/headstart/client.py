@@ -128,10 +128,12 @@ class PrefillClient:
             else:
                 return _result(receiver, timing, attempt)
 
-    def prefill_to_cache(self, token_ids: TokenIds, **options) -> tuple[DynamicCache, PrefillResult]:
-        """prefill(), and its KV as a transformers DynamicCache (needs torch and transformers)."""
+    def prefill_to_cache(
+        self, token_ids: TokenIds, *, device: str = "cpu", **options
+    ) -> tuple[DynamicCache, PrefillResult]:
+        """prefill(), and its KV as a transformers DynamicCache on `device` (needs torch and transformers)."""
         result = self.prefill(token_ids, **options)
-        return to_dynamic_cache(result), result
+        return to_dynamic_cache(result, device), result
 
     def model_info(self, model: str = "") -> pb.GetModelInfoResponse:
         return self._unary("GetModelInfo", pb.GetModelInfoRequest(model=model), pb.GetModelInfoResponse)

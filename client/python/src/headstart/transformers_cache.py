@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from transformers import DynamicCache
 
 
-def to_dynamic_cache(result: PrefillResult) -> DynamicCache:
-    """A DynamicCache of batch 1 with the prompt's KV, in the dtype that came over the wire, on the CPU.
+def to_dynamic_cache(result: PrefillResult, device: str = "cpu") -> DynamicCache:
+    """A DynamicCache of batch 1 with the prompt's KV, in the dtype that came over the wire, on `device` ("cpu", "cuda", …).
 
     Continue with model.generate(prompt ids + first token, past_key_values=cache): only the first token is computed. The cache
     holds copies.
@@ -27,5 +27,6 @@ def to_dynamic_cache(result: PrefillResult) -> DynamicCache:
             tensor = torch.from_numpy(kv.view(np.int16)).view(torch.bfloat16)
         else:
             tensor = torch.from_numpy(kv)
+        tensor = tensor.to(device)
         cache.update(tensor[0].unsqueeze(0), tensor[1].unsqueeze(0), layer)
     return cache
