@@ -160,6 +160,10 @@ absl::Status KvReceiver::OnEvent(v1::Completed& completed) {
   if (!completed.has_first_token()) return absl::DataLossError("completed: no first_token");
   if (absl::Status status = CheckFinalManifest(manifest_, completed.manifest()); !status.ok())
     return status;
+  if (const uint32_t crc = ExpectedCrc32c(completed); crc != completed.crc32c()) {
+    return absl::DataLossError(absl::StrFormat("completed: crc32c is %08x, the sender's was %08x",
+                                               crc, completed.crc32c()));
+  }
   manifest_ = completed.manifest();
   completed_ = std::move(completed);
   state_ = State::kCompleted;

@@ -9,8 +9,6 @@
 #include <bit>
 #include <climits>
 
-#include "headstart/v1/prefill.pb.h"
-
 namespace headstart {
 namespace {
 
@@ -18,7 +16,7 @@ using ::google::protobuf::internal::WireFormatLite;
 using ::google::protobuf::io::CodedOutputStream;
 
 static_assert(std::endian::native == std::endian::little,
-              "the header is summed as it lies in memory");
+              "numbers are summed as they lie in memory");
 static_assert(sizeof(ChunkHeader) == 24, "six uint32 without padding");
 
 // ISA-L's function leaves both inversions to the caller and takes bytes that it only reads as
@@ -33,6 +31,11 @@ uint32_t ExtendInverted(uint32_t crc, absl::Span<const std::byte> bytes) {
   return crc;
 }
 
+template <typename T>
+uint32_t ExtendInvertedBy(uint32_t crc, T number) {
+  return ExtendInverted(crc, {reinterpret_cast<const std::byte*>(&number), sizeof(number)});
+}
+
 constexpr uint32_t LengthDelimitedTag(int field) {
   return WireFormatLite::MakeTag(field, WireFormatLite::WIRETYPE_LENGTH_DELIMITED);
 }
@@ -42,6 +45,21 @@ constexpr uint32_t LengthDelimitedTag(int field) {
 uint32_t ChunkCrc32c(const ChunkHeader& header, absl::Span<const std::byte> data) {
   const auto* header_bytes = reinterpret_cast<const std::byte*>(&header);
   return ~ExtendInverted(ExtendInverted(~0u, {header_bytes, sizeof(header)}), data);
+}
+
+uint32_t CompletedCrc32c(const v1::Completed& completed) {
+  const v1::PrefillStatistics& statistics = completed.statistics();
+  uint32_t crc = ExtendInvertedBy<uint32_t>(~0u, completed.first_token().id());
+  crc = ExtendInvertedBy<float>(crc, completed.first_token().logprob());
+  crc = ExtendInvertedBy<uint32_t>(crc, completed.num_chunks());
+  crc = ExtendInvertedBy<uint32_t>(crc, statistics.dense_fallbacks());
+  crc = ExtendInvertedBy<uint64_t>(crc, completed.kv_bytes());
+  crc = ExtendInvertedBy<uint64_t>(crc, statistics.executed_blocks());
+  crc = ExtendInvertedBy<uint64_t>(crc, statistics.causal_blocks());
+  for (const float density : completed.manifest().layer_density()) {
+    crc = ExtendInvertedBy<float>(crc, density);
+  }
+  return ~crc;
 }
 
 std::string ChunkFramePrefix(const ChunkHeader& header, uint32_t crc32c, int64_t data_bytes) {

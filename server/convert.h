@@ -41,7 +41,7 @@ absl::Status FillJob(const v1::PrefillRequest& request, const ServedModel& model
 v1::KvManifest ToManifest(const PrefillJob& job, const ServedModel& model);
 
 // First token, manifest with densities and the counts of the statistics. Durations, number of
-// chunks and bytes are the stream's to fill.
+// chunks, bytes and the checksum are the stream's to fill.
 v1::Completed ToCompleted(const v1::KvManifest& manifest, const PrefillResult& result);
 
 v1::GetModelInfoResponse ToModelInfo(const ServedModel& model);

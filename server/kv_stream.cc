@@ -193,6 +193,7 @@ void KvStream::Send(const v1::PrefillResponse& response) {
 void KvStream::Send(Message message) {
   {
     MutexLock lock(&mutex_);
+  completed->set_crc32c(CompletedCrc32c(*completed));
     if (broken_) return;
     if (writing_) {
       queue_.push_back(std::move(message));

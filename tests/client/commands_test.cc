@@ -40,6 +40,7 @@ class CommandsTest : public ::testing::Test {
     statistics.set_executed_blocks(3);
     statistics.set_causal_blocks(4);
     completed.mutable_manifest()->set_layer_density(1, 0.5f);
+    testing::Seal(&completed);
     Serve([this](int, grpc::ServerContext&, PrefillWriter& writer) {
       WriteStream(stream_, writer);
       return grpc::Status::OK;
@@ -90,7 +91,8 @@ std::string ReadFile(const std::string& path) {
 TEST_F(CommandsTest, RequestPrintsATable) {
   EXPECT_EQ(Run("request", {"--tokens-file", dir_ / "ids"}), 0) << stderr_;
   for (const char* part :
-       {"prompt 21 tokens", "\n  attention              0.250 s     25.0 %", "density  0.750",
+       {"prompt 21 tokens", "\n  attention              0.250 s     25.0 %",
+        "density  0.750",
         "layer   1  0.500  ████████████████████\n", "first token  42", "in 9 chunks"}) {
     EXPECT_THAT(stdout_, HasSubstr(part));
   }

@@ -66,6 +66,7 @@ class KvReceiverTest : public ::testing::Test {
     }
     Completed()->set_num_chunks(NumChunks());
     Completed()->set_kv_bytes(bytes);
+    Seal(Completed());
   }
 
   KvStreamSpec spec_;
@@ -403,6 +404,38 @@ TEST_F(KvReceiverTest, RefusesWrongTotals) {
   Rebuild();
   Completed()->set_kv_bytes(kv_.size() - 1);
   ExpectDataLoss("completed:");
+}
+
+// No flipped bit of the completion goes unnoticed where it matters.
+TEST_F(KvReceiverTest, TakesNoDamagedCompletion) {
+  const std::string bytes = stream_.back().SerializeAsString();
+  int refused = 0;
+  for (size_t bit = 0; bit < 8 * bytes.size(); ++bit) {
+    std::string damaged = bytes;
+    damaged[bit / 8] = static_cast<char>(damaged[bit / 8] ^ 1 << bit % 8);
+    KvReceiver receiver(options_);
+    absl::Status status;
+    for (size_t i = 0; i < stream_.size() && status.ok(); ++i) {
+      grpc::ByteBuffer message = testing::ToByteBuffer(
+          i + 1 < stream_.size() ? stream_[i].SerializeAsString() : damaged, 1000);
+      status = receiver.OnMessage(message);
+    }
+    if (!status.ok()) {
+      EXPECT_THAT(status, StatusIs(absl::StatusCode::kDataLoss));
+      ++refused;
+    } else {
+      v1::Completed got = receiver.completed();
+      got.set_crc32c(0);
+      Seal(&got);
+      EXPECT_EQ(got.crc32c(), Completed()->crc32c()) << "bit " << bit;
+    }
+  }
+  EXPECT_GT(refused, 7 * static_cast<int>(bytes.size()));
+}
+
+TEST_F(KvReceiverTest, RefusesAnotherFirstToken) {
+  Completed()->mutable_first_token()->set_id(43);
+  ExpectDataLoss("crc32c");
 }
 
 TEST_F(KvReceiverTest, RefusesACompletionWithoutFirstToken) {

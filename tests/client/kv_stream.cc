@@ -1,13 +1,22 @@
 #include "tests/client/kv_stream.h"
 
 #include <algorithm>
-#include <cstring>
+#include <bit>
 
 #include "client/checksum.h"
 #include "client/kv_receiver.h"
 
 namespace headstart::testing {
 namespace {
+
+// The lowest `num_bytes` bytes of a number.
+std::string LittleEndian(uint64_t number, int num_bytes) {
+  std::string bytes;
+  for (int i = 0; i < num_bytes; ++i) bytes += static_cast<char>(number >> 8 * i);
+  return bytes;
+}
+
+std::string LittleEndian(float number) { return LittleEndian(std::bit_cast<uint32_t>(number), 4); }
 
 uint32_t TokenId(uint32_t position) { return position * 7 % 1000; }
 
@@ -103,6 +112,10 @@ KvStream MakeStream(const KvStreamSpec& spec, const std::vector<std::byte>& kv) 
   *completed.mutable_manifest() = MakeManifest(spec);
   for (uint32_t i = 0; i < spec.num_layers; ++i)
     completed.mutable_manifest()->add_layer_density(1.0f);
+  completed.mutable_statistics()->set_executed_blocks(90);
+  completed.mutable_statistics()->set_causal_blocks(uint64_t{1} << 40);
+  completed.mutable_statistics()->set_dense_fallbacks(2);
+  Seal(&completed);
   *stream.emplace_back().mutable_completed() = completed;
   return stream;
 }
@@ -121,9 +134,20 @@ void Seal(v1::KvChunk* chunk) {
   for (const uint32_t field :
        {chunk->index(), chunk->layer(), chunk->token_begin(), chunk->token_count(),
         chunk->kv_head_begin(), chunk->kv_head_count()}) {
-    for (int shift = 0; shift < 32; shift += 8) bytes += static_cast<char>(field >> shift);
+    bytes += LittleEndian(field, 4);
   }
   chunk->set_crc32c(SlowCrc32c(bytes + chunk->data()));
+}
+
+void Seal(v1::Completed* completed) {
+  const v1::PrefillStatistics& statistics = completed->statistics();
+  std::string bytes =
+      LittleEndian(completed->first_token().id(), 4) +
+      LittleEndian(completed->first_token().logprob()) + LittleEndian(completed->num_chunks(), 4) +
+      LittleEndian(statistics.dense_fallbacks(), 4) + LittleEndian(completed->kv_bytes(), 8) +
+      LittleEndian(statistics.executed_blocks(), 8) + LittleEndian(statistics.causal_blocks(), 8);
+  for (const float density : completed->manifest().layer_density()) bytes += LittleEndian(density);
+  completed->set_crc32c(SlowCrc32c(bytes));
 }
 
 grpc::ByteBuffer ToByteBuffer(const std::string& bytes, size_t slice_bytes) {

@@ -37,8 +37,9 @@ KvStream MakeStream(const KvStreamSpec& spec, const std::vector<std::byte>& kv);
 
 // CRC-32C bit by bit, independent of the client's.
 uint32_t SlowCrc32c(const std::string& bytes);
-// Sets the checksum that belongs to the chunk as it is now.
+// Sets the checksum that belongs to the message as it is now.
 void Seal(v1::KvChunk* chunk);
+void Seal(v1::Completed* completed);
 
 // What gRPC would hand over, in slices of `slice_bytes`.
 grpc::ByteBuffer ToByteBuffer(const std::string& bytes, size_t slice_bytes);

@@ -169,6 +169,7 @@ class DamagedWireTest : public EndingTest {
     TcpProxy proxy(server_->server().port(), {});
     ASSERT_OK_AND_ASSIGN(const Received whole, ReceiveThrough(proxy));
     kv_ = whole.kv;
+    completed_ = whole.outcome.completed;
     stream_bytes_ = proxy.bytes_from_server();
     ASSERT_GT(stream_bytes_, static_cast<int64_t>(kv_.size()));
   }
@@ -180,6 +181,7 @@ class DamagedWireTest : public EndingTest {
   }
 
   std::vector<std::byte> kv_;
+  v1::Completed completed_;
   int64_t stream_bytes_ = 0;
 };
 
@@ -207,7 +209,7 @@ TEST_F(DamagedWireTest, FlippedBitIsDataLoss) {
 
 // Anywhere: in frame headers, lengths, manifest, trailers. The client may fail or not notice, but
 // what it hands over is right.
-TEST_F(DamagedWireTest, FlippedBitNeverGivesWrongKv) {
+TEST_F(DamagedWireTest, FlippedBitNeverGivesAWrongResult) {
   for (int64_t i = 0; i < 40; ++i) {
     const int64_t position = i < 20 ? i * 60 : stream_bytes_ - 1 - (i - 20) * 20;
     TcpProxy proxy(server_->server().port(), {.flip_at = position});
@@ -217,6 +219,7 @@ TEST_F(DamagedWireTest, FlippedBitNeverGivesWrongKv) {
     const auto received = Receive(client, RequestOf(SomePrompt(500)));
     if (received.ok()) {
       EXPECT_TRUE(received->kv == kv_) << "byte " << position;
+      EXPECT_EQ(received->outcome.completed.crc32c(), completed_.crc32c()) << "byte " << position;
     }
   }
   ExpectAliveAndIdle();

@@ -6,6 +6,7 @@ every field set.
 """
 import pathlib
 
+from headstart.receiver import completed_crc32c
 from headstart.v1 import prefill_pb2 as pb
 
 ROOT = pathlib.Path(__file__).parent / "corpus/stream"
@@ -36,6 +37,7 @@ SEEDS = {
         manifest=MANIFEST,
         statistics=pb.PrefillStatistics(executed_blocks=3, causal_blocks=4, dense_fallbacks=1)))),
 }  # fmt: skip
+SEEDS["completed"][1].completed.crc32c = completed_crc32c(SEEDS["completed"][1].completed)
 
 
 def main():

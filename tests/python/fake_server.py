@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
-from headstart.receiver import chunk_crc32c
+from headstart.receiver import chunk_crc32c, completed_crc32c
 from headstart.v1 import prefill_pb2 as pb
 
 LAYERS, KV_HEADS, HEAD_DIM, BLOCK = 3, 2, 8, 4
@@ -80,6 +80,7 @@ def make_completed(kv, chunks, manifest):
     completed.statistics.total.FromMilliseconds(51)
     completed.statistics.executed_blocks = 30
     completed.statistics.causal_blocks = 60
+    completed.crc32c = completed_crc32c(completed)
     return completed
 
 

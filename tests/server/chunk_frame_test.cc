@@ -46,6 +46,24 @@ TEST(ChunkFrameTest, ChecksumCoversHeaderThenData) {
   EXPECT_EQ(ChunkCrc32c(header, AsBytes(data)), SlowCrc32c(summed + data));
 }
 
+// Numbers as they are in prefill.proto, and each in its place.
+TEST(ChunkFrameTest, ChecksumOfACompletionIsLittleEndianNumbersInOrder) {
+  v1::Completed completed;
+  completed.mutable_first_token()->set_id(0x01020304);
+  completed.mutable_first_token()->set_logprob(-0.5f);  // 0xbf000000
+  completed.set_num_chunks(5);
+  completed.set_kv_bytes(uint64_t{6} << 32);
+  completed.mutable_statistics()->set_dense_fallbacks(7);
+  completed.mutable_statistics()->set_executed_blocks(8);
+  completed.mutable_statistics()->set_causal_blocks(9);
+  completed.mutable_manifest()->add_layer_density(0.25f);  // 0x3e800000
+  std::string summed;
+  for (const uint32_t word :
+       {0x01020304u, 0xbf000000u, 5u, 7u, 0u, 6u, 8u, 0u, 9u, 0u, 0x3e800000u})
+    summed += LittleEndian(word);
+  EXPECT_EQ(CompletedCrc32c(completed), SlowCrc32c(summed));
+}
+
 class ChunkFrameSizeTest : public ::testing::TestWithParam<int64_t> {};
 
 TEST_P(ChunkFrameSizeTest, PrefixAndDataAreTheSerialisedResponse) {

@@ -158,6 +158,7 @@ class KvReceiver:
         _check_equal("completed: kv_bytes", completed.kv_bytes, self.kv.nbytes)
         _check(completed.HasField("first_token"), "completed: no first_token")
         self._check_final_manifest(completed.manifest)
+        _check_equal("completed: crc32c", completed.crc32c, completed_crc32c(completed))
         self.manifest = completed.manifest
         self.completed = completed
 
@@ -173,7 +174,7 @@ class KvReceiver:
 
 
 def chunk_crc32c(chunk: pb.KvChunk) -> int:
-    """The checksum of the wire format: CRC-32C of six little-endian uint32 and the data."""
+    """The checksum of a chunk: CRC-32C of six little-endian uint32 and the data."""
     header = struct.pack(
         "<6I",
         chunk.index,
@@ -184,6 +185,23 @@ def chunk_crc32c(chunk: pb.KvChunk) -> int:
         chunk.kv_head_count,
     )
     return google_crc32c.extend(google_crc32c.value(header), chunk.data)
+
+
+def completed_crc32c(completed: pb.Completed) -> int:
+    """The checksum of the completion: CRC-32C of the first token, the counts and the densities."""
+    density = completed.manifest.layer_density
+    numbers = struct.pack(
+        f"<IfIIQQQ{len(density)}f",
+        completed.first_token.id,
+        completed.first_token.logprob,
+        completed.num_chunks,
+        completed.statistics.dense_fallbacks,
+        completed.kv_bytes,
+        completed.statistics.executed_blocks,
+        completed.statistics.causal_blocks,
+        *density,
+    )
+    return google_crc32c.value(numbers)
 
 
 def _check_layout(manifest: pb.KvManifest) -> None:
