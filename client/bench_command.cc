@@ -23,7 +23,7 @@ namespace {
 
 struct BenchOptions {
   PrefillClientOptions client;
-  AttentionFlags attention;
+  v1::PrefillRequest request;  // with the attention asked for
   std::vector<int64_t> lengths = {1024};
   std::vector<std::string> presets = {"default"};
   std::string tokens_file;
@@ -90,18 +90,14 @@ absl::Status Bench::Prepare() {
 
 v1::PrefillRequest Bench::MakeRequest(const std::string& preset, int64_t length,
                                       int64_t index) const {
-  v1::PrefillRequest request;
+  // Single values mean nothing to dense attention.
+  v1::PrefillRequest request = preset == "exact" ? v1::PrefillRequest() : options_.request;
+  if (preset != "default") request.mutable_attention()->set_preset(PresetNamed(preset));
   const std::vector<uint32_t> ids =
       text_.empty() ? RandomTokenIds(length, model_.vocab_size(),
                                      options_.load.seed + static_cast<uint64_t>(index))
                     : std::vector<uint32_t>(text_.begin(), text_.begin() + length);
   request.mutable_token_ids()->Add(ids.begin(), ids.end());
-  AttentionFlags attention;
-  if (preset != "exact")
-    attention = options_.attention;  // single values mean nothing to dense attention
-  if (preset != "default") attention.preset = preset;
-  if (auto resolved = ToAttentionOptions(attention))
-    *request.mutable_attention() = *std::move(resolved);
   return request;
 }
 
@@ -254,7 +250,7 @@ void AddBenchCommand(CLI::App& app, std::function<void(int)> set_exit_code) {
   command.add_option("--tokens-file", options->tokens_file,
                      "Prompts are the beginning of these ids (real text); default: random ids");
   AddLoadFlags(command, options.get());
-  AddAttentionFlags(command, /*with_preset=*/false, &options->attention);
+  AddAttentionFlags(command, /*with_preset=*/false, &options->request);
   command.add_flag("--json", options->json, "Print JSON instead of a table");
   command.final_callback([options, set_exit_code = std::move(set_exit_code)] {
     set_exit_code(ReportStatus("headstart bench", RunBench(*options)));

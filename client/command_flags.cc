@@ -69,45 +69,40 @@ CLI::Option* AddDurationFlag(CLI::App& app, const std::string& flag, absl::Durat
   return app.add_option_function<std::string>(flag, parse, help)->type_name("TIME");
 }
 
-void AddAttentionFlags(CLI::App& app, bool with_preset, AttentionFlags* flags) {
+void AddAttentionFlags(CLI::App& app, bool with_preset, v1::PrefillRequest* request) {
   const std::string group = "Attention (default: the server's)";
-  if (with_preset) {
-    app.add_option("--preset", flags->preset, "exact (dense), paper, balanced or fast")
-        ->check(CLI::IsMember(Presets()))
+  const auto attention = [request] { return request->mutable_attention(); };
+  const auto add_name = [&](const char* flag, const auto& names, auto set, const char* help) {
+    app.add_option_function<std::string>(
+           flag, [=, &names](const std::string& name) { (attention()->*set)(names.at(name)); },
+           help)
+        ->check(CLI::IsMember(names))
         ->group(group);
-  }
-  app.add_option("--gamma", flags->gamma,
-                 "Probability mass that a head's budget must reach, (0, 1]")
-      ->group(group);
-  app.add_option("--budget", flags->budget, "Budget rule: own, shared or row")
-      ->check(CLI::IsMember(BudgetRules()))
-      ->group(group);
-  const auto add = [&](const char* flag, std::optional<uint32_t>* value, const char* help) {
-    app.add_option(flag, *value, help)->group(group);
   };
-  add("--num-proxies", &flags->num_proxies, "Proxies g");
-  add("--stride", &flags->stride, "Tokens per sampled token: 4, 8 or 16");
-  add("--floor-tokens", &flags->floor_tokens, "Least budget of a head");
-  add("--sink-blocks", &flags->sink_blocks, "Blocks always kept at the start: 0 or 1");
-  add("--local-blocks", &flags->local_blocks, "Blocks always kept before the diagonal one");
-  add("--dense-tail-blocks", &flags->dense_tail_blocks, "Last query blocks that see everything");
-  add("--dense-below-tokens", &flags->dense_below_tokens, "Prompts up to this length run dense");
-}
-
-std::optional<v1::AttentionOptions> ToAttentionOptions(const AttentionFlags& flags) {
-  v1::AttentionOptions options;
-  if (!flags.preset.empty()) options.set_preset(Presets().at(flags.preset));
-  if (!flags.budget.empty()) options.set_budget(BudgetRules().at(flags.budget));
-  if (flags.num_proxies) options.set_num_proxies(*flags.num_proxies);
-  if (flags.stride) options.set_stride(*flags.stride);
-  if (flags.gamma) options.set_gamma(*flags.gamma);
-  if (flags.floor_tokens) options.set_floor_tokens(*flags.floor_tokens);
-  if (flags.sink_blocks) options.set_sink_blocks(*flags.sink_blocks);
-  if (flags.local_blocks) options.set_local_blocks(*flags.local_blocks);
-  if (flags.dense_tail_blocks) options.set_dense_tail_blocks(*flags.dense_tail_blocks);
-  if (flags.dense_below_tokens) options.set_dense_below_tokens(*flags.dense_below_tokens);
-  if (options.ByteSizeLong() == 0) return std::nullopt;
-  return options;
+  const auto add_count = [&](const char* flag, auto set, const char* help) {
+    app.add_option_function<uint32_t>(
+           flag, [=](uint32_t count) { (attention()->*set)(count); }, help)
+        ->group(group);
+  };
+  using Options = v1::AttentionOptions;
+  if (with_preset) {
+    add_name("--preset", Presets(), &Options::set_preset, "exact (dense), paper, balanced or fast");
+  }
+  app.add_option_function<float>(
+         "--gamma", [=](float gamma) { attention()->set_gamma(gamma); },
+         "Probability mass that a head's budget must reach, (0, 1]")
+      ->group(group);
+  add_name("--budget", BudgetRules(), &Options::set_budget, "Budget rule: own, shared or row");
+  add_count("--num-proxies", &Options::set_num_proxies, "Proxies g");
+  add_count("--stride", &Options::set_stride, "Tokens per sampled token: 4, 8 or 16");
+  add_count("--floor-tokens", &Options::set_floor_tokens, "Least budget of a head");
+  add_count("--sink-blocks", &Options::set_sink_blocks, "Blocks always kept at the start: 0 or 1");
+  add_count("--local-blocks", &Options::set_local_blocks,
+            "Blocks always kept before the diagonal one");
+  add_count("--dense-tail-blocks", &Options::set_dense_tail_blocks,
+            "Last query blocks that see everything");
+  add_count("--dense-below-tokens", &Options::set_dense_below_tokens,
+            "Prompts up to this length run dense");
 }
 
 std::string PresetName(v1::AttentionPreset preset) {
@@ -115,6 +110,8 @@ std::string PresetName(v1::AttentionPreset preset) {
   absl::ConsumePrefix(&name, "ATTENTION_PRESET_");
   return absl::AsciiStrToLower(name);
 }
+
+v1::AttentionPreset PresetNamed(const std::string& name) { return Presets().at(name); }
 
 int ReportStatus(const std::string& program, const absl::Status& status) {
   if (status.ok()) return 0;

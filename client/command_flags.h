@@ -1,8 +1,6 @@
 // Flags that the client commands share.
 #pragma once
 
-#include <cstdint>
-#include <optional>
 #include <string>
 
 #include "CLI/CLI.hpp"
@@ -22,27 +20,15 @@ void AddConnectionFlags(CLI::App& app, PrefillClientOptions* options);
 CLI::Option* AddDurationFlag(CLI::App& app, const std::string& flag, absl::Duration* value,
                              const std::string& help);
 
-struct AttentionFlags {
-  std::string preset;  // empty: the server's default
-  std::string budget;
-  std::optional<uint32_t> num_proxies;
-  std::optional<uint32_t> stride;
-  std::optional<float> gamma;
-  std::optional<uint32_t> floor_tokens;
-  std::optional<uint32_t> sink_blocks;
-  std::optional<uint32_t> local_blocks;
-  std::optional<uint32_t> dense_tail_blocks;
-  std::optional<uint32_t> dense_below_tokens;
-};
-
-// --gamma and the other single values; --preset too, unless the command has one of its own.
-void AddAttentionFlags(CLI::App& app, bool with_preset, AttentionFlags* flags);
-
-// Nothing where no flag was given: the server's default.
-std::optional<v1::AttentionOptions> ToAttentionOptions(const AttentionFlags& flags);
+// --gamma and the other single values; --preset too, unless the command has one of its own. They go
+// to `request` as the command line is parsed. Without any of them it has no attention options: the
+// server's default.
+void AddAttentionFlags(CLI::App& app, bool with_preset, v1::PrefillRequest* request);
 
 // "exact", "paper", "balanced", "fast".
 std::string PresetName(v1::AttentionPreset preset);
+// REQUIRES: one of these names.
+v1::AttentionPreset PresetNamed(const std::string& name);
 
 // Prints "PROGRAM: …" to standard error when the status is an error. The exit code of the
 // process: 0, 2 wrong request, 75 try again later, 5 anything else.

@@ -21,7 +21,7 @@ namespace {
 
 struct RequestOptions {
   PrefillClientOptions client;
-  AttentionFlags attention;
+  v1::PrefillRequest request;  // with the attention asked for
   std::string tokens_file;
   std::string random;
   std::string model;
@@ -46,12 +46,10 @@ absl::StatusOr<std::vector<uint32_t>> PromptOf(const RequestOptions& options,
 }
 
 v1::PrefillRequest MakeRequest(const RequestOptions& options, const std::vector<uint32_t>& ids) {
-  v1::PrefillRequest request;
+  v1::PrefillRequest request = options.request;
   request.set_model(options.model);
   request.set_request_id(options.request_id);
   request.mutable_token_ids()->Add(ids.begin(), ids.end());
-  if (auto attention = ToAttentionOptions(options.attention))
-    *request.mutable_attention() = *std::move(attention);
   v1::SamplingOptions& sampling = *request.mutable_sampling();
   sampling.set_temperature(options.temperature);
   sampling.set_top_k(options.top_k);
@@ -130,7 +128,7 @@ void AddRequestCommand(CLI::App& app, std::function<void(int)> set_exit_code) {
   command.add_option("--model", options->model, "Name of the model; empty: the one that is served");
   command.add_option("--request-id", options->request_id,
                      "Name of the request in logs; empty: the server chooses");
-  AddAttentionFlags(command, /*with_preset=*/true, &options->attention);
+  AddAttentionFlags(command, /*with_preset=*/true, &options->request);
   command.add_option("--temperature", options->temperature, "Of the first token; 0 is greedy")
       ->capture_default_str();
   command.add_option("--top-k", options->top_k, "0: all")->capture_default_str();

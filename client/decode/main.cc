@@ -22,7 +22,6 @@ namespace {
 
 struct Flags {
   DecodeNodeOptions node;
-  AttentionFlags attention;
   std::string tokens_file = "-";
   std::string json_file;
   std::string report_file;
@@ -54,7 +53,7 @@ void AddFlags(CLI::App& app, Flags* flags) {
          [flags](const std::string& name) { flags->node.backend.dtype = DTypes().at(name); },
          "Type of the computation and of the KV; must be the server's")
       ->check(CLI::IsMember(DTypes()));
-  AddAttentionFlags(app, /*with_preset=*/true, &flags->attention);
+  AddAttentionFlags(app, /*with_preset=*/true, &flags->node.request);
   app.add_option("--json", flags->json_file, "Write the statistics to this file");
   app.add_option("--report", flags->report_file, "Write them to this file as a table for people");
 }
@@ -95,9 +94,6 @@ absl::Status Run(Flags& flags) {
   absl::StatusOr<std::vector<uint32_t>> ids = ReadTokenIds(flags.tokens_file);
   if (!ids.ok()) return ids.status();
   flags.node.request.mutable_token_ids()->Add(ids->begin(), ids->end());
-  if (auto attention = ToAttentionOptions(flags.attention)) {
-    *flags.node.request.mutable_attention() = *std::move(attention);
-  }
   TerminalProgress progress;
   KvReceiverOptions receive;
   progress.Follow(&receive);
