@@ -97,17 +97,19 @@ std::string FormatKv(const PrefillOutcome& outcome) {
       layout.num_kv_heads(), layout.head_dim(), DtypeName(layout.dtype()));
 }
 
-std::string FormatDensity(const v1::Completed& completed) {
-  std::string text =
-      absl::StrFormat("attention  %s\ndensity  %.3f of the causal blocks",
-                      DescribeAttention(completed.manifest().attention()), Density(completed));
+std::string FormatSparsity(const v1::Completed& completed) {
+  const double density = Density(completed);
+  std::string text = absl::StrFormat(
+      "attention  %s\nsparsity  %.3f: %.1f %% of the causal blocks ran",
+      DescribeAttention(completed.manifest().attention()), 1 - density, 100 * density);
   if (completed.statistics().dense_fallbacks() > 0) {
     absl::StrAppendFormat(&text, ", %d dense fallbacks", completed.statistics().dense_fallbacks());
   }
   text += "\n";
   int layer = 0;
-  for (const float density : completed.manifest().layer_density()) {
-    absl::StrAppendFormat(&text, "  layer %3d  %5.3f  %s\n", layer++, density, Bar(density, 40));
+  for (const float layer_density : completed.manifest().layer_density()) {
+    absl::StrAppendFormat(&text, "  layer %3d  %5.3f  %s\n", layer++, 1 - layer_density,
+                          Bar(1 - layer_density, 40));
   }
   return text;
 }
@@ -167,7 +169,7 @@ std::string FormatReport(const PrefillOutcome& outcome) {
       absl::StrFormat("request %s  model %s  prompt %d tokens\n",
                       absl::Utf8SafeCEscape(outcome.accepted.request_id()),
                       absl::Utf8SafeCEscape(manifest.model()), manifest.num_tokens()),
-      FormatTimes(outcome), FormatKv(outcome), FormatDensity(outcome.completed),
+      FormatTimes(outcome), FormatKv(outcome), FormatSparsity(outcome.completed),
       absl::StrFormat("first token  %d  (logprob %.4f)\n", token.id(), token.logprob()));
 }
 

@@ -8,7 +8,7 @@
 
 namespace headstart {
 
-// Where the time went, KV and its rate, density per layer as a bar chart, first token. Lines end
+// Where the time went, KV and its rate, sparsity per layer as a bar chart, first token. Lines end
 // with '\n'.
 std::string FormatReport(const PrefillOutcome& outcome);
 

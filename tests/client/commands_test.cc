@@ -92,7 +92,7 @@ TEST_F(CommandsTest, RequestPrintsATable) {
   EXPECT_EQ(Run("request", {"--tokens-file", dir_ / "ids"}), 0) << stderr_;
   for (const char* part :
        {"prompt 21 tokens", "\n  attention              0.250 s     25.0 %",
-        "density  0.750",
+        "sparsity  0.250: 75.0 % of the causal blocks ran", "layer   0  0.000  \n",
         "layer   1  0.500  ████████████████████\n", "first token  42", "in 9 chunks"}) {
     EXPECT_THAT(stdout_, HasSubstr(part));
   }
