@@ -67,10 +67,11 @@ class EngineTest : public ::testing::Test {
     return options;
   }
   absl::StatusOr<TestEngine> MakeEngine(const testing::TinyModelOptions& model,
-                                        int64_t chunk_tokens = 8192) {
+                                        int64_t chunk_tokens = 8192, int32_t num_threads = 2) {
     HEADSTART_RETURN_IF_ERROR(testing::WriteTinyModel(dir_.path(), model));
     EngineOptions options = Options(dir_.path());
     options.chunk_tokens = chunk_tokens;
+    options.backend.num_threads = num_threads;
     return TestEngine::Create(options);
   }
 

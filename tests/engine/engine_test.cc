@@ -238,13 +238,15 @@ TEST_F(EngineRunTest, SparseRequestsRepeatToo) {
   EXPECT_EQ(b.first_token.id, a.first_token.id);
 }
 
-// Dense results do not depend on how the prompt is cut. Sums are taken in another order where a
-// matrix product sees other shapes, so this is about fp32 rounding, not about bits.
-TEST_F(EngineRunTest, DenseResultsDoNotDependOnTheChunkSize) {
+// Dense results do not depend on how the prompt is cut or on how many threads share the work. Sums
+// are taken in another order where a matrix product sees other shapes, so this is about fp32
+// rounding, not about bits.
+TEST_F(EngineRunTest, DenseResultsDependNeitherOnChunkSizeNorOnThreads) {
   std::vector<float> whole;
   SampledToken whole_token;
-  for (const int64_t chunk_tokens : {2048, 512, 128}) {
-    ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}, chunk_tokens));
+  for (const auto& [chunk_tokens, threads] : std::vector<std::pair<int64_t, int32_t>>{
+           {2048, 2}, {512, 2}, {128, 2}, {2048, 1}, {512, 5}}) {
+    ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}, chunk_tokens, threads));
     FakeSink sink;
     ASSERT_OK_AND_ASSIGN(const PrefillResult result, Run(test, 1500, sink));
     const std::vector<std::byte> bytes = AllKv(test, sink);
@@ -256,7 +258,7 @@ TEST_F(EngineRunTest, DenseResultsDoNotDependOnTheChunkSize) {
     }
     EXPECT_TRUE(
         testing::TensorsMatch(kv, whole, {.abs = 1e-4, .rel = 1e-4, .min_cosine = 1 - 1e-9}))
-        << chunk_tokens;
+        << chunk_tokens << " tokens a chunk, " << threads << " threads";
     EXPECT_EQ(result.first_token.id, whole_token.id);
     EXPECT_NEAR(result.first_token.logprob, whole_token.logprob, 1e-4);
   }
