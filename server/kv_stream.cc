@@ -23,6 +23,10 @@ constexpr absl::Duration kErrorGrace = absl::Milliseconds(500);
 // Cancels this close before the client's deadline were its deadline.
 constexpr absl::Duration kDeadlineSlack = absl::Milliseconds(50);
 
+// gRPC may say that there is no message before it says that the call was cancelled. Both come from
+// the same frame, so they are close.
+constexpr absl::Duration kCancelNotice = absl::Milliseconds(200);
+
 bool IsStall(const absl::Status& status) { return ReasonOf(status) == ErrorReason::kClientStalled; }
 
 }  // namespace
@@ -55,11 +59,19 @@ void KvStream::OnFirstMessageTimeout() {
 void KvStream::OnReadDone(bool ok) {
   if (!Claim()) return;
   service_.timer->Cancel(first_message_timer_);
-  const absl::Status status =
-      ok ? Accept()
-         : MakeError(absl::StatusCode::kInvalidArgument, ErrorReason::kMalformedRequest,
-                     "the call brought no request message");
-  if (!status.ok()) End(status);
+  if (!ok) {
+    first_message_timer_ =
+        service_.timer->Schedule(absl::Now() + kCancelNotice, [this] { EndWithoutMessage(); });
+    return;
+  }
+  if (const absl::Status status = Accept(); !status.ok()) End(status);
+}
+
+void KvStream::EndWithoutMessage() {
+  End(call_.IsCancelled()
+          ? WhyCancelled()
+          : MakeError(absl::StatusCode::kInvalidArgument, ErrorReason::kMalformedRequest,
+                      "the call brought no request message"));
 }
 
 absl::Status KvStream::Accept() {
@@ -181,6 +193,7 @@ void KvStream::SendCompleted(const PrefillResult& result) {
   SetDuration(shares.other_compute, statistics->mutable_other_compute());
   SetDuration(shares.exposed_transfer, statistics->mutable_exposed_transfer());
   SetDuration(total, statistics->mutable_total());
+  completed->set_crc32c(CompletedCrc32c(*completed));
   Send(response);
 }
 
@@ -193,7 +206,6 @@ void KvStream::Send(const v1::PrefillResponse& response) {
 void KvStream::Send(Message message) {
   {
     MutexLock lock(&mutex_);
-  completed->set_crc32c(CompletedCrc32c(*completed));
     if (broken_) return;
     if (writing_) {
       queue_.push_back(std::move(message));

@@ -59,6 +59,7 @@ class KvStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::By
   ~KvStream() override = default;
 
   void OnFirstMessageTimeout();
+  void EndWithoutMessage();
   // True for the first caller: the request, or its absence, is his to deal with.
   bool Claim();
   // Checks and queues the request.

@@ -3,6 +3,7 @@
 #include <grpcpp/generic/generic_stub.h>
 #include <gtest/gtest.h>
 
+#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
@@ -32,6 +33,37 @@ class CallEndTest : public ServerTest {
     arguments.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 64 << 10);
     return v1::PrefillService::NewStub(NewChannel(arguments));
   }
+};
+
+// A call that is opened and not followed by a message. A generated stub can't do that, a generic
+// one can.
+class MessagelessCall {
+ public:
+  explicit MessagelessCall(const std::shared_ptr<grpc::Channel>& channel)
+      : stub_(channel),
+        call_(stub_.PrepareCall(&context_, "/headstart.v1.PrefillService/Prefill", &queue_)) {
+    call_->StartCall(nullptr);
+    WaitForQueue();
+  }
+  void Cancel() { context_.TryCancel(); }
+  grpc::Status Finish() {
+    grpc::Status status;
+    call_->Finish(&status, nullptr);
+    WaitForQueue();
+    return status;
+  }
+
+ private:
+  void WaitForQueue() {
+    void* tag = nullptr;
+    bool ok = false;
+    EXPECT_TRUE(queue_.Next(&tag, &ok));
+  }
+
+  grpc::TemplatedGenericStub<v1::PrefillRequest, v1::PrefillResponse> stub_;
+  grpc::ClientContext context_;
+  grpc::CompletionQueue queue_;
+  std::unique_ptr<grpc::ClientAsyncReaderWriter<v1::PrefillRequest, v1::PrefillResponse>> call_;
 };
 
 auto WithTimeout(absl::Duration timeout) {
@@ -113,6 +145,25 @@ TEST_F(CallEndTest, RefusesAnIdThatIsInFlight) {
 }
 
 // ---- cancel
+
+TEST_F(CallEndTest, CancelBeforeTheMessageIsACancel) {
+  Start();
+  const auto channel = NewChannel();
+  constexpr int kCalls = 10;
+  for (int i = 0; i < kCalls; ++i) {
+    MessagelessCall call(channel);
+    // Once another call of the connection has been answered, the server knows this one.
+    grpc::ClientContext context;
+    v1::GetServerInfoResponse info;
+    ASSERT_TRUE(v1::PrefillService::NewStub(channel)->GetServerInfo(&context, {}, &info).ok());
+    call.Cancel();
+    EXPECT_EQ(call.Finish().error_code(), grpc::StatusCode::CANCELLED);
+  }
+  const auto malformed = [this] { return Requests("INVALID_ARGUMENT", "MALFORMED_REQUEST"); };
+  const auto cancelled = [this] { return Requests("CANCELLED", "CLIENT_CANCELLED"); };
+  while (malformed() + cancelled() < kCalls) absl::SleepFor(absl::Milliseconds(10));
+  EXPECT_EQ(malformed(), 0);
+}
 
 TEST_F(CallEndTest, CancelInTheQueueComputesNothing) {
   Start();
@@ -242,18 +293,7 @@ TEST_F(CallEndTest, RefusesADeadlineOutOfReachAtOnce) {
 TEST_F(CallEndTest, CallWithoutItsMessageIsEnded) {
   options_.first_message_timeout = absl::Milliseconds(100);
   Start();
-  // Opened and never followed by a message. A generated stub can't do that, a generic one can.
-  grpc::TemplatedGenericStub<v1::PrefillRequest, v1::PrefillResponse> stub(NewChannel());
-  grpc::ClientContext context;
-  grpc::CompletionQueue queue;
-  auto call = stub.PrepareCall(&context, "/headstart.v1.PrefillService/Prefill", &queue);
-  void* tag = nullptr;
-  bool ok = false;
-  call->StartCall(nullptr);
-  ASSERT_TRUE(queue.Next(&tag, &ok));
-  grpc::Status status;
-  call->Finish(&status, nullptr);
-  ASSERT_TRUE(queue.Next(&tag, &ok));
+  const grpc::Status status = MessagelessCall(NewChannel()).Finish();
   EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
   EXPECT_NE(status.error_message().find("100ms"), std::string::npos);
 }
