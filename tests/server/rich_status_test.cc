@@ -2,9 +2,14 @@
 
 #include <gtest/gtest.h>
 
+#include <fstream>
+#include <set>
 #include <string>
+#include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "google/rpc/error_details.pb.h"
 #include "google/rpc/status.pb.h"
 #include "headstart/v1/prefill.pb.h"
@@ -83,6 +88,31 @@ TEST(ErrorReasonTest, IsTheEnumOfTheWireFormat) {
     ASSERT_NE(value, nullptr) << i;
     EXPECT_EQ(value->name(),
               absl::StrCat("ERROR_REASON_", ErrorReasonName(static_cast<ErrorReason>(i))));
+  }
+}
+
+// The table of README.md: | code | reason, reason | when |.
+TEST(RichStatusTest, ReadmeHasEveryReasonAndKnownCodes) {
+  std::set<std::string> codes, reasons, expected_reasons;
+  std::ifstream readme(HEADSTART_SOURCE_DIR "/README.md");
+  bool in_section = false;
+  for (std::string line; std::getline(readme, line);) {
+    if (absl::StartsWith(line, "## ")) in_section = line == "## Status codes";
+    const std::vector<std::string> cells = absl::StrSplit(line, " | ");
+    if (!in_section || cells.size() != 3 || !absl::StartsWith(line, "| ")) continue;
+    codes.insert(cells[0].substr(2));
+    for (const absl::string_view reason : absl::StrSplit(cells[1], ", ")) reasons.emplace(reason);
+  }
+  for (int i = 1; i < kNumErrorReasons; ++i)
+    expected_reasons.emplace(ErrorReasonName(static_cast<ErrorReason>(i)));
+  for (const char* not_ours : {"reason", "(gRPC's own)"}) EXPECT_EQ(reasons.erase(not_ours), 1);
+  EXPECT_EQ(codes.erase("code"), 1);
+  EXPECT_EQ(reasons, expected_reasons);
+  for (const std::string& code : codes) {
+    bool known = false;
+    for (int i = 1; i <= 16; ++i)
+      known |= absl::StatusCodeToString(static_cast<absl::StatusCode>(i)) == code;
+    EXPECT_TRUE(known) << code;
   }
 }
 
