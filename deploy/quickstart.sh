@@ -87,6 +87,7 @@ ask() {
     | "$python" "$deploy_dir/quickstart/print_text.py" "$model_dir" | sed -u 's/^/    /'
   say "What it took"
   sed 's/^/    /' "$scratch/report.txt"
+  printf '    metrics  %s/metrics while this runs (--keep lets it)\n' "$admin_url"
 }
 
 stop_server() {
