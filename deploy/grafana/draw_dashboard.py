@@ -93,6 +93,8 @@ def draw_panel(axes, panel, prometheus, end, range_s, window_s):
         axes.set_xlabel("seconds", fontsize=8)
     percent = defaults["unit"] == "percentunit"
     axes.yaxis.set_major_formatter(PercentFormatter(1.0) if percent else FuncFormatter(scale))
+    if percent:
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.set_ylabel({"percentunit": "", "s": "seconds", "reqps": "per second", "ops": "per second",
                      "Bps": "bytes per second"}[defaults["unit"]], fontsize=8)
     axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend

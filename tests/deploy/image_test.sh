@@ -36,7 +36,9 @@ make_base() {
   echo "==> debootstrap bookworm from $mirror"
   rm -rf "$root"
   debootstrap --variant=minbase --include=ca-certificates bookworm "$root" "$mirror" >"$work/debootstrap.log"
+  # In both places: an upgrade of ca-certificates makes the first anew, from its own and from the second.
   cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
+  cp -L /etc/ssl/certs/ca-certificates.crt "$root/usr/local/share/ca-certificates/this-machine.crt"
   if [[ -f /etc/pip.conf ]]; then cp /etc/pip.conf "$root/etc/pip.conf"; fi
   rm -f "$root/etc/apt/sources.list"
   sed "s|@|$mirror|" >"$root/etc/apt/sources.list.d/debian.sources" <<'SOURCES'
