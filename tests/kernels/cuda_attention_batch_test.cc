@@ -102,6 +102,8 @@ class CudaAttentionBatchTest : public BackendTest, public ::testing::WithParamIn
     params.num_sequences = static_cast<int>(sequences.size());
     params.tile_counter = static_cast<uint32_t*>(counter_.data());
     params.num_sms = device_.multiProcessorCount;
+    // The backend uploads on a stream of its own.
+    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     EXPECT_EQ(cuda::LaunchAttention(params, nullptr), cudaSuccess);
     EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     std::vector<uint16_t> values(out.memory.bytes() / sizeof(uint16_t));
