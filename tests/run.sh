@@ -3,8 +3,8 @@
 # usage: tests/run.sh        as root or with sudo, from any folder
 #
 # torch, transformers and the model go into HEADSTART_CACHE (~/.cache/headstart), outside the repository; builds into build/.
-# Three builds: everything (cpu); the end-to-end tests under AddressSanitizer and UBSan (asan); the core without gRPC under
-# ThreadSanitizer (tsan).
+# Three builds: everything, the CUDA backend included, whose own tests are skipped without a GPU (cuda); the end-to-end tests
+# under AddressSanitizer and UBSan (asan); the core without gRPC under ThreadSanitizer (tsan).
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../deploy/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../deploy/lib.sh"
@@ -24,6 +24,15 @@ prepare_python() {
   "$python" -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --force-reinstall ./client/python \
     || die "client/python could not be built"
   printf '%s\n' "$python"
+}
+
+# Prints the CMake options for the CUDA toolkit that came with the Python packages.
+cuda_options() {
+  local python=$1 root name
+  root=$("$python" -c 'import nvidia; print(nvidia.__path__[0])')/cu13
+  # The packages lack the names that a linker looks for.
+  for name in cublasLt cupti; do ln -sf "lib$name.so.13" "$root/lib/lib$name.so"; done
+  printf '%s\n' "-DCMAKE_CUDA_COMPILER=$root/bin/nvcc" "-DCUDAToolkit_ROOT=$root"
 }
 
 # build PRESET TARGET [CMAKE OPTION…]
@@ -57,8 +66,10 @@ main() {
   run_tests tsan -L tsan || failed+=(tsan)
   build asan tests_e2e
   run_tests asan -L e2e -LE python || failed+=(asan)
-  build cpu all -DHEADSTART_TEST_PYTHON="$python"
-  run_tests cpu -j 2 || failed+=(cpu)
+  local cuda
+  mapfile -t cuda < <(cuda_options "$python")
+  build cuda all -DHEADSTART_TEST_PYTHON="$python" "${cuda[@]}"
+  run_tests cuda -j 2 || failed+=(cuda)
   [[ ${#failed[@]} -eq 0 ]] || die "tests failed in: ${failed[*]}"
 }
 
