@@ -30,7 +30,8 @@ prepare_python() {
 cuda_options() {
   local python=$1 root name
   root=$("$python" -c 'import nvidia; print(nvidia.__path__[0])')/cu13
-  # The packages lack the names that a linker looks for.
+  # The packages lack the names that nvcc and the linker look for.
+  ln -sfn lib "$root/lib64"
   for name in cublasLt cupti; do ln -sf "lib$name.so.13" "$root/lib/lib$name.so"; done
   printf '%s\n' "-DCMAKE_CUDA_COMPILER=$root/bin/nvcc" "-DCUDAToolkit_ROOT=$root"
 }
