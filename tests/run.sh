@@ -61,7 +61,8 @@ main() {
   install_packages
   local python failed=()
   python=$(prepare_python)
-  ensure_venv tools "$repo_dir/deploy/requirements.txt" >/dev/null
+  # In a subshell, as above: its lock goes with it.
+  (ensure_venv tools "$repo_dir/deploy/requirements.txt") >/dev/null
   deploy/models/fetch_smollm2.sh >/dev/null
 
   local cuda
