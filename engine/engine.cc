@@ -34,7 +34,6 @@ struct Engine::State {
 
   absl::Status WarmUp();
   absl::Status RunChunk(const PrefillJob& job, const Chunk& chunk, KvExport& to_sink);
-  absl::Status ExportLastLayer(int64_t begin, int64_t end, KvExport& to_sink);
   absl::StatusOr<PrefillResult> Run(const PrefillJob& job, KvSink& sink);
   absl::StatusOr<std::vector<float>> BudgetRatios();
 };
@@ -239,8 +238,7 @@ absl::StatusOr<PrefillResult> Engine::State::Run(const PrefillJob& job, KvSink& 
     chunk.ends_prompt = begin + count == num_tokens;
     HEADSTART_RETURN_IF_ERROR(RunChunk(job, chunk, to_sink));
   }
-  HEADSTART_RETURN_IF_ERROR(decoder->RunHead(chunk));
-  HEADSTART_RETURN_IF_ERROR(ExportLastLayer(chunk.first_position, num_tokens, to_sink));
+  HEADSTART_RETURN_IF_ERROR(to_sink.Flush());
   HEADSTART_ASSIGN_OR_RETURN(const absl::Span<const float> logits, decoder->Logits());
   PrefillResult result;
   HEADSTART_ASSIGN_OR_RETURN(result.first_token, SampleToken(logits, job.sampling));
@@ -263,9 +261,7 @@ absl::StatusOr<std::vector<float>> Engine::State::BudgetRatios() {
   return ratios;
 }
 
-// All layers of one chunk. A layer's KV leaves while its attention and FFN run; behind the last
-// layer there is nothing of that kind, so its KV leaves while the next chunk's first layer runs, or
-// the head.
+// All layers of one chunk, and the head where the prompt ends.
 absl::Status Engine::State::RunChunk(const PrefillJob& job, const Chunk& chunk, KvExport& to_sink) {
   const auto num_tokens = static_cast<int64_t>(chunk.token_ids.size());
   HEADSTART_RETURN_IF_ERROR(CheckStillWanted(job, /*layer=*/0));
@@ -273,22 +269,14 @@ absl::Status Engine::State::RunChunk(const PrefillJob& job, const Chunk& chunk, 
   for (int32_t layer = 0; layer < config.num_layers; ++layer) {
     HEADSTART_RETURN_IF_ERROR(CheckStillWanted(job, layer));
     HEADSTART_RETURN_IF_ERROR(decoder->RunLayer(layer, chunk));
-    if (layer == 0 && chunk.first_position > 0) {
-      HEADSTART_RETURN_IF_ERROR(ExportLastLayer(chunk.first_position - options.chunk_tokens,
-                                                chunk.first_position, to_sink));
+    if (chunk.ends_prompt && layer + 1 == config.num_layers) {
+      HEADSTART_RETURN_IF_ERROR(decoder->RunHead(chunk));
     }
-    if (layer + 1 < config.num_layers) {
-      HEADSTART_RETURN_IF_ERROR(
-          to_sink.ExportLayer(layer, kv.Layer(layer), chunk.first_position, num_tokens));
-    }
+    HEADSTART_RETURN_IF_ERROR(
+        to_sink.ExportLayer(layer, kv.Layer(layer), chunk.first_position, num_tokens));
     layers_done.fetch_add(1, std::memory_order_relaxed);
   }
   return absl::OkStatus();
-}
-
-absl::Status Engine::State::ExportLastLayer(int64_t begin, int64_t end, KvExport& to_sink) {
-  const int32_t last = config.num_layers - 1;
-  return to_sink.ExportLayer(last, kv.Layer(last), begin, end - begin);
 }
 
 // Runs prompts of every size that the backend tells apart.

@@ -1,6 +1,7 @@
 #include "engine/kv_export.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "engine/stopwatch.h"
@@ -23,12 +24,20 @@ absl::Status WithPlace(const absl::Status& error, const KvChunkInfo& chunk) {
 
 absl::Status KvExport::ExportLayer(int32_t layer, const KvPages& kv, int64_t token_begin,
                                    int64_t token_count) {
+  HEADSTART_RETURN_IF_ERROR(Flush());
+  noted_ = Piece{kv, {layer, token_begin, token_count}};
+  return absl::OkStatus();
+}
+
+absl::Status KvExport::Flush() {
+  if (!noted_.has_value()) return absl::OkStatus();
+  const auto [kv, tokens] = *std::exchange(noted_, std::nullopt);
   const int64_t page_bytes = kv.page_elements() * DTypeBytes(kv.dtype);
   const int64_t chunk_tokens = std::max<int64_t>(1, kMaxChunkBytes / page_bytes) * kBlockTokens;
-  for (int64_t done = 0; done < token_count; done += chunk_tokens) {
-    const int64_t count = std::min(chunk_tokens, token_count - done);
-    HEADSTART_RETURN_IF_ERROR(
-        ExportChunk(kv, {layer, token_begin + done, count}, page_bytes / kBlockTokens * count));
+  for (int64_t done = 0; done < tokens.token_count; done += chunk_tokens) {
+    const int64_t count = std::min(chunk_tokens, tokens.token_count - done);
+    HEADSTART_RETURN_IF_ERROR(ExportChunk(kv, {tokens.layer, tokens.token_begin + done, count},
+                                          page_bytes / kBlockTokens * count));
   }
   return absl::OkStatus();
 }

@@ -421,7 +421,7 @@ absl::StatusOr<BackendStats> CudaBackend::ReadStats() {
   }
   HEADSTART_RETURN_IF_ERROR(
       ToStatus(cudaEventRecord(finished_.get(), stream_.get()), "reading statistics"));
-  HEADSTART_RETURN_IF_ERROR(ToStatus(cudaEventSynchronize(finished_.get()), "reading statistics"));
+  HEADSTART_RETURN_IF_ERROR(WaitFor(finished_, "reading statistics"));
   HEADSTART_ASSIGN_OR_RETURN(stats.selection_seconds, selection_timer_.Seconds());
   HEADSTART_ASSIGN_OR_RETURN(stats.attention_seconds, attention_timer_.Seconds());
   return stats;

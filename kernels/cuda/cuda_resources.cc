@@ -4,6 +4,20 @@
 #include "kernels/base/status_macros.h"
 
 namespace headstart::cuda {
+namespace {
+
+#if defined(__x86_64__)
+__attribute__((target("avx"))) void ZeroUpperHalves() { __builtin_ia32_vzeroupper(); }
+#endif
+
+// Clears the upper halves of the vector registers.
+void ClearVectorState() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx")) ZeroUpperHalves();
+#endif
+}
+
+}  // namespace
 
 absl::Status ToStatus(cudaError_t error, absl::string_view what) {
   if (error == cudaSuccess) return absl::OkStatus();
@@ -29,6 +43,12 @@ absl::StatusOr<Event> MakeEvent(bool timed) {
   const unsigned flags = timed ? cudaEventDefault : cudaEventDisableTiming;
   HEADSTART_RETURN_IF_ERROR(ToStatus(cudaEventCreateWithFlags(&event, flags), "event"));
   return Event(event);
+}
+
+absl::Status WaitFor(const Event& event, absl::string_view what) {
+  HEADSTART_RETURN_IF_ERROR(ToStatus(cudaEventSynchronize(event.get()), what));
+  ClearVectorState();
+  return absl::OkStatus();
 }
 
 absl::StatusOr<DeviceMemory> AllocateDevice(int64_t bytes) {

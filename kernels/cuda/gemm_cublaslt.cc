@@ -145,7 +145,7 @@ absl::StatusOr<float> CublasLtGemm::Time(const Problem& problem,
     HEADSTART_RETURN_IF_ERROR(Run(problem, algorithm, target, stream));
   HEADSTART_RETURN_IF_ERROR(
       cuda::ToStatus(cudaEventRecord(end_.get(), stream), "timing a product"));
-  HEADSTART_RETURN_IF_ERROR(cuda::ToStatus(cudaEventSynchronize(end_.get()), "timing a product"));
+  HEADSTART_RETURN_IF_ERROR(WaitFor(end_, "timing a product"));
   float ms = 0.0f;
   HEADSTART_RETURN_IF_ERROR(
       cuda::ToStatus(cudaEventElapsedTime(&ms, begin_.get(), end_.get()), "timing a product"));

@@ -24,12 +24,12 @@ absl::StatusOr<HostTransfer> HostTransfer::Create() {
 
 absl::Status HostTransfer::Upload(const Fill& fill, int64_t bytes, void* device,
                                   cudaStream_t stream) {
-  for (int64_t offset = 0, i = 0; offset < bytes; offset += kSlotBytes, ++i) {
-    Slot& slot = slots_[i % kSlots];
+  for (int64_t offset = 0; offset < bytes; offset += kSlotBytes) {
+    Slot& slot = slots_[next_];
+    next_ = (next_ + 1) % kSlots;
     const int64_t count = std::min(kSlotBytes, bytes - offset);
     // An event that was never recorded is done.
-    HEADSTART_RETURN_IF_ERROR(
-        ToStatus(cudaEventSynchronize(slot.done.get()), "waiting for an upload"));
+    HEADSTART_RETURN_IF_ERROR(WaitFor(slot.done, "waiting for an upload"));
     fill(slot.memory.get(), offset, count);
     HEADSTART_RETURN_IF_ERROR(
         ToStatus(cudaMemcpyAsync(static_cast<char*>(device) + offset, slot.memory.get(), count,
@@ -48,8 +48,7 @@ absl::Status HostTransfer::Download(const void* device, int64_t bytes, void* hos
     if (i >= kSlots) {  // take out the piece that used this slot before
       Slot& slot = slots_[i % kSlots];
       const int64_t done = i - kSlots;
-      HEADSTART_RETURN_IF_ERROR(
-          ToStatus(cudaEventSynchronize(slot.done.get()), "waiting for a download"));
+      HEADSTART_RETURN_IF_ERROR(WaitFor(slot.done, "waiting for a download"));
       std::memcpy(static_cast<char*>(host) + done * kSlotBytes, slot.memory.get(), count_of(done));
       if (done + 1 == pieces) break;
     }

@@ -31,6 +31,7 @@ class HostTransfer {
   explicit HostTransfer(std::vector<Slot> slots) : slots_(std::move(slots)) {}
 
   std::vector<Slot> slots_;
+  int next_ = 0;  // the slot that was taken longest ago: small uploads do not wait for each other
 };
 
 }  // namespace headstart::cuda

@@ -103,7 +103,7 @@ absl::StatusOr<bool> KvStaging::Read(const KvPages& kv, int64_t token_begin, int
   // The later piece, should both hold them.
   const Piece& last = pieces_[next_ ^ 1];
   const Piece& piece = last.Holds(kv, token_begin, token_count) ? last : pieces_[next_];
-  HEADSTART_RETURN_IF_ERROR(ToStatus(cudaEventSynchronize(piece.arrived.get()), "waiting for KV"));
+  HEADSTART_RETURN_IF_ERROR(WaitFor(piece.arrived, "waiting for KV"));
   const char* held = static_cast<const char*>(piece.host.get());
   const bool all_finite = *reinterpret_cast<const uint32_t*>(held) == 0;
   const int64_t row_bytes = piece.shape.head_dim * DTypeBytes(DType::kBF16);

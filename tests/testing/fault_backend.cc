@@ -24,21 +24,31 @@ int64_t FaultBackend::CountCalls(absl::string_view op) const {
 }
 
 absl::Status FaultBackend::Before(absl::string_view op, int64_t bytes) {
+  int32_t layer = 0;
+  {
+    MutexLock lock(&mutex_);
+    if (op == "Embed") {
+      layer_ = 0;
+      ffn_ran_ = false;
+    }
+    if (op == "RmsNorm" && ffn_ran_) {
+      ++layer_;
+      ffn_ran_ = false;
+    }
+    if (op == "SwiGlu") ffn_ran_ = true;
+    layer = layer_;
+  }
+  return BeforeInLayer(op, layer, bytes);
+}
+
+absl::Status FaultBackend::BeforeInLayer(absl::string_view op, int32_t layer, int64_t bytes) {
   Hook hook;
-  BackendCall call{op, -1, bytes};
   {
     MutexLock lock(&mutex_);
     ++calls_[std::string(op)];
-    if (op == "Embed") {
-      layer_ = 0;
-    } else if (layer_was_read_ && op != "ReadKv") {
-      ++layer_;
-    }
-    layer_was_read_ = op == "ReadKv";
-    call.layer = layer_;
     hook = hook_;
   }
-  return hook ? hook(call) : absl::OkStatus();
+  return hook ? hook({op, layer, bytes}) : absl::OkStatus();
 }
 
 absl::Status FaultBackend::After(absl::string_view op, Matrix out) {
@@ -110,6 +120,10 @@ absl::Status FaultBackend::Linear(const LinearWeight& weight, Matrix in, Matrix 
 
 absl::Status FaultBackend::RopeAndStoreKv(const RopeArgs& args) {
   HEADSTART_RETURN_IF_ERROR(Before("RopeAndStoreKv"));
+  {
+    MutexLock lock(&mutex_);
+    layer_of_kv_[args.kv.pages] = layer_;
+  }
   return inner_->RopeAndStoreKv(args);
 }
 
@@ -140,7 +154,12 @@ absl::Status FaultBackend::SwiGlu(Matrix gate_up, Matrix out) {
 
 absl::Status FaultBackend::ReadKv(const KvPages& kv, int64_t token_begin, int64_t token_count,
                                   absl::Span<std::byte> out) {
-  HEADSTART_RETURN_IF_ERROR(Before("ReadKv", static_cast<int64_t>(out.size())));
+  int32_t layer = 0;
+  {
+    MutexLock lock(&mutex_);
+    layer = layer_of_kv_[kv.pages];
+  }
+  HEADSTART_RETURN_IF_ERROR(BeforeInLayer("ReadKv", layer, static_cast<int64_t>(out.size())));
   return inner_->ReadKv(kv, token_begin, token_count, out);
 }
 

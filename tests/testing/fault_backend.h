@@ -20,9 +20,9 @@ namespace headstart::testing {
 // One call of a Backend function.
 struct BackendCall {
   absl::string_view op;  // name of the function: "Allocate", "Linear", "Attention", "ReadKv", …
-  // Layer of the forward pass that runs: 0 from Embed on, one more with the first operation after
-  // the ReadKv calls of a layer; Attention and SelectBlocks set it from their arguments.
-  // -1 before the first Embed (loading).
+  // Layer of the forward pass that runs: 0 from Embed on, one more with the first RmsNorm after a
+  // SwiGlu (the head is the layer behind the last); Attention and SelectBlocks set it from their
+  // arguments. Of ReadKv: the layer that stored the KV. -1 before the first Embed (loading).
   int32_t layer = -1;
   int64_t bytes = 0;  // Allocate, Upload, Download, ReadKv
 };
@@ -92,6 +92,8 @@ class FaultBackend : public Backend {
 
   // Counts the call, follows the layer and runs the hook.
   absl::Status Before(absl::string_view op, int64_t bytes = 0);
+  // The same for a call about another layer than the one that runs.
+  absl::Status BeforeInLayer(absl::string_view op, int32_t layer, int64_t bytes);
   // Spoils `out` when the test wants it.
   absl::Status After(absl::string_view op, Matrix out);
 
@@ -104,7 +106,8 @@ class FaultBackend : public Backend {
   int32_t poisoned_layer_ ABSL_GUARDED_BY(mutex_) = -1;
   std::map<std::string, int64_t, std::less<>> calls_ ABSL_GUARDED_BY(mutex_);
   int32_t layer_ ABSL_GUARDED_BY(mutex_) = -1;
-  bool layer_was_read_ ABSL_GUARDED_BY(mutex_) = false;
+  bool ffn_ran_ ABSL_GUARDED_BY(mutex_) = false;
+  std::map<const void*, int32_t> layer_of_kv_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace headstart::testing
