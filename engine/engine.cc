@@ -95,21 +95,6 @@ absl::Status CheckStillWanted(const PrefillJob& job, int32_t layer) {
   return absl::OkStatus();
 }
 
-// Takes KV and throws it away.
-class DiscardingSink : public KvSink {
- public:
-  absl::Status OnStart() override { return absl::OkStatus(); }
-  absl::StatusOr<absl::Span<std::byte>> Reserve(const KvChunkInfo& /*chunk*/,
-                                                int64_t bytes) override {
-    memory_.resize(static_cast<size_t>(bytes));
-    return absl::MakeSpan(memory_);
-  }
-  absl::Status Commit() override { return absl::OkStatus(); }
-
- private:
-  std::vector<std::byte> memory_;
-};
-
 absl::Status CheckFits(const MemoryPlan& plan, const Backend& backend) {
   const std::optional<int64_t> free_bytes = backend.FreeBytes();
   if (!free_bytes.has_value() || plan.total_bytes() <= *free_bytes) return absl::OkStatus();

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -29,6 +30,25 @@ class KvSink {
   virtual absl::StatusOr<absl::Span<std::byte>> Reserve(const KvChunkInfo& chunk,
                                                         int64_t bytes) = 0;
   virtual absl::Status Commit() = 0;
+};
+
+// Takes KV and throws it away.
+class DiscardingSink : public KvSink {
+ public:
+  absl::Status OnStart() override { return absl::OkStatus(); }
+  absl::StatusOr<absl::Span<std::byte>> Reserve(const KvChunkInfo& /*chunk*/,
+                                                int64_t bytes) override {
+    memory_.resize(static_cast<size_t>(bytes));
+    return absl::MakeSpan(memory_);
+  }
+  absl::Status Commit() override { return absl::OkStatus(); }
+
+ protected:
+  // The chunk that is reserved.
+  absl::Span<const std::byte> memory() const { return memory_; }
+
+ private:
+  std::vector<std::byte> memory_;
 };
 
 }  // namespace headstart

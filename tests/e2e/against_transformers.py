@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from headstart import Attention
 
 # f32: greatest and mean difference of a KV element, relative to the root mean square of its layer's K or V.
 F32_WORST, F32_MEAN, F32_LOGPROB = 2e-4, 5e-6, 1e-4
@@ -67,6 +68,18 @@ def assert_first_token(result, logprobs, tolerance):
     logprob = logprobs[result.first_token_id]
     assert abs(result.first_token_logprob - logprob) < tolerance
     assert logprobs.max() - logprob < tolerance
+
+
+def assert_full_budget_is_dense(client, prompt):
+    """Through a server with --dense-above-density 1: no fallback to the dense kernel, the sparse one runs over all blocks."""
+    everything = Attention(preset="balanced", floor_tokens=1 << 20, dense_below_tokens=0)
+    sparse = client.prefill(prompt, attention=everything)
+    dense = client.prefill(prompt, attention="exact")
+    assert sparse.manifest.attention.algorithm != dense.manifest.attention.algorithm
+    assert sparse.statistics.dense_fallbacks == 0
+    assert set(sparse.layer_density) == {1.0}
+    np.testing.assert_array_equal(sparse.kv, dense.kv)
+    assert sparse.first_token_id == dense.first_token_id
 
 
 QUESTIONS = ("What is the capital of France?", "Name three primary colors.", "How many legs does a spider have?")

@@ -3,12 +3,12 @@
 import re
 import urllib.request
 
-import numpy as np
 import pytest
 import torch
 from against_transformers import (
     assert_bf16_first_token,
     assert_bf16_kv_close,
+    assert_full_budget_is_dense,
     chat_prompt,
     generate,
     random_prompt,
@@ -63,16 +63,8 @@ def test_kv_is_as_close_to_the_truth_as_transformers_in_bf16(serve, tmp_path, na
 @pytest.mark.parametrize("name", ("llama31-tiny", "qwen3-8b"))
 def test_proxy_attention_with_full_budget_is_dense(serve, tmp_path, name):
     path = save_random_model(MODELS[name], tmp_path / name, torch.bfloat16, device="cuda")
-    prompt = random_prompt(512, 2000)
-    everything = Attention(preset="balanced", floor_tokens=1 << 20, dense_below_tokens=0)
     with serve(path, "--dense-above-density", "1", device="cuda") as server, server.client() as client:
-        sparse = client.prefill(prompt, attention=everything)
-        dense = client.prefill(prompt, attention="exact")
-    assert sparse.manifest.attention.algorithm != dense.manifest.attention.algorithm
-    assert sparse.statistics.dense_fallbacks == 0
-    assert set(sparse.layer_density) == {1.0}
-    np.testing.assert_array_equal(sparse.kv, dense.kv)
-    assert sparse.first_token_id == dense.first_token_id
+        assert_full_budget_is_dense(client, random_prompt(512, 2000))
 
 
 @pytest.mark.parametrize("budget", ("own", "shared", "row"))

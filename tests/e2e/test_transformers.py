@@ -1,6 +1,5 @@
 """transformers + torch as the decode node of a real server: KV, first token and text, against transformers alone."""
 
-import numpy as np
 import pytest
 import torch
 from against_transformers import (
@@ -9,6 +8,7 @@ from against_transformers import (
     assert_bf16_kv_close,
     assert_f32_kv_close,
     assert_first_token,
+    assert_full_budget_is_dense,
     chat_prompt,
     generate,
     random_prompt,
@@ -72,17 +72,8 @@ def test_a_prompt_of_several_prefill_chunks_gives_the_same_kv(serve, tmp_path):
 
 def test_proxy_attention_with_full_budget_is_dense(serve, tmp_path):
     path = save_tiny_model("llama31", tmp_path / "llama31", torch.float32)
-    prompt = random_prompt(512, 1000)
-    everything = Attention(preset="balanced", floor_tokens=1 << 20, dense_below_tokens=0)
-    # No fallback to the dense kernel: the sparse one runs over all blocks.
     with serve(path, "--dtype", "f32", "--dense-above-density", "1") as server, server.client() as client:
-        sparse = client.prefill(prompt, attention=everything)
-        dense = client.prefill(prompt, attention="exact")
-    assert sparse.manifest.attention.algorithm != dense.manifest.attention.algorithm
-    assert sparse.statistics.dense_fallbacks == 0
-    assert set(sparse.layer_density) == {1.0}
-    np.testing.assert_array_equal(sparse.kv, dense.kv)
-    assert sparse.first_token_id == dense.first_token_id
+        assert_full_budget_is_dense(client, random_prompt(512, 1000))
 
 
 def test_proxy_attention_leaves_blocks_out_and_says_so(serve, tmp_path):

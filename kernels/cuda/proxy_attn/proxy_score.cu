@@ -329,20 +329,6 @@ cudaError_t Launch(const ProxyScoreParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <int kHeadDim>
-cudaError_t DispatchStride(const ProxyScoreParams& params, cudaStream_t stream) {
-  switch (params.stride) {
-    case 4:
-      return Launch<kHeadDim, 4>(params, stream);
-    case 8:
-      return Launch<kHeadDim, 8>(params, stream);
-    case 16:
-      return Launch<kHeadDim, 16>(params, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
 }  // namespace
 
 ProxyScoreScratch PlanProxyScore(int64_t num_q, int64_t first_sample, int32_t num_proxies,
@@ -355,9 +341,9 @@ ProxyScoreScratch PlanProxyScore(int64_t num_q, int64_t first_sample, int32_t nu
 cudaError_t LaunchProxyScore(const ProxyScoreParams& params, cudaStream_t stream) {
   if (ScoreShape(params.num_q, params.first_sample).ranges > kMaxRanges)
     return cudaErrorInvalidValue;
-  if (params.head_dim == 128) return DispatchStride<128>(params, stream);
-  if (params.head_dim == 64) return DispatchStride<64>(params, stream);
-  return cudaErrorInvalidValue;
+  return DispatchSampled(params, [&](auto head_dim, auto stride) {
+    return Launch<head_dim.value, stride.value>(params, stream);
+  });
 }
 
 }  // namespace headstart::cuda

@@ -170,26 +170,12 @@ cudaError_t Launch(const RowMassParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <int kHeadDim>
-cudaError_t DispatchStride(const RowMassParams& params, cudaStream_t stream) {
-  switch (params.scores.stride) {
-    case 4:
-      return Launch<kHeadDim, 4>(params, stream);
-    case 8:
-      return Launch<kHeadDim, 8>(params, stream);
-    case 16:
-      return Launch<kHeadDim, 16>(params, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
 }  // namespace
 
 cudaError_t LaunchRowMass(const RowMassParams& params, cudaStream_t stream) {
-  if (params.scores.head_dim == 128) return DispatchStride<128>(params, stream);
-  if (params.scores.head_dim == 64) return DispatchStride<64>(params, stream);
-  return cudaErrorInvalidValue;
+  return DispatchSampled(params.scores, [&](auto head_dim, auto stride) {
+    return Launch<head_dim.value, stride.value>(params, stream);
+  });
 }
 
 }  // namespace headstart::cuda

@@ -4,6 +4,8 @@
 
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "kernels/cuda/device/numeric.cuh"
 #include "kernels/cuda/device/tensor_map.h"
 #include "kernels/cuda/launchers.h"
@@ -48,6 +50,27 @@ struct ScoreShape {
     return (origin + (past < all ? past : all) - 1) / kKeyTile + 1;
   }
 };
+
+// Calls launch(head_dim, stride), two std::integral_constant, for what the parameters say;
+// cudaErrorInvalidValue where no kernel is compiled for it.
+template <typename Launch>
+cudaError_t DispatchSampled(const ProxyScoreParams& params, const Launch& launch) {
+  const auto with_stride = [&](auto head_dim) {
+    switch (params.stride) {
+      case 4:
+        return launch(head_dim, std::integral_constant<int, 4>());
+      case 8:
+        return launch(head_dim, std::integral_constant<int, 8>());
+      case 16:
+        return launch(head_dim, std::integral_constant<int, 16>());
+      default:
+        return cudaErrorInvalidValue;
+    }
+  };
+  if (params.head_dim == 128) return with_stride(std::integral_constant<int, 128>());
+  if (params.head_dim == 64) return with_stride(std::integral_constant<int, 64>());
+  return cudaErrorInvalidValue;
+}
 
 struct ScoreKernelParams {
   ScoreShape shape;

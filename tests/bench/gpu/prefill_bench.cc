@@ -15,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -26,34 +27,30 @@
 namespace headstart {
 namespace {
 
-class DiscardingSink : public KvSink {
+// Writes chunks to a file: layer, first token, tokens (int64 each), then the bytes.
+class DumpingSink : public DiscardingSink {
  public:
-  explicit DiscardingSink(const std::string& dump_file) {
-    if (!dump_file.empty()) file_ = std::fopen(dump_file.c_str(), "wb");
-  }
-  ~DiscardingSink() override {
-    if (file_ != nullptr) std::fclose(file_);
-  }
-  absl::Status OnStart() override { return absl::OkStatus(); }
+  explicit DumpingSink(const std::string& path) : file_(path, std::ios::binary) {}
+
   absl::StatusOr<absl::Span<std::byte>> Reserve(const KvChunkInfo& chunk, int64_t bytes) override {
-    chunk_ = chunk;
-    memory_.resize(bytes);
-    return absl::MakeSpan(memory_);
+    const int64_t head[3] = {chunk.layer, chunk.token_begin, chunk.token_count};
+    file_.write(reinterpret_cast<const char*>(head), sizeof(head));
+    return DiscardingSink::Reserve(chunk, bytes);
   }
-  // A dumped chunk: layer, first token, tokens (int64 each), then its bytes.
   absl::Status Commit() override {
-    if (file_ == nullptr) return absl::OkStatus();
-    const int64_t head[3] = {chunk_.layer, chunk_.token_begin, chunk_.token_count};
-    const bool written = std::fwrite(head, sizeof(head), 1, file_) == 1 &&
-                         std::fwrite(memory_.data(), memory_.size(), 1, file_) == 1;
-    return written ? absl::OkStatus() : absl::DataLossError("could not write the dump");
+    file_.write(reinterpret_cast<const char*>(memory().data()),
+                static_cast<std::streamsize>(memory().size()));
+    return file_.good() ? absl::OkStatus() : absl::DataLossError("could not write the dump");
   }
 
  private:
-  std::FILE* file_ = nullptr;
-  KvChunkInfo chunk_;
-  std::vector<std::byte> memory_;
+  std::ofstream file_;
 };
+
+std::unique_ptr<KvSink> MakeSink(const std::string& dump_file) {
+  if (dump_file.empty()) return std::make_unique<DiscardingSink>();
+  return std::make_unique<DumpingSink>(dump_file);
+}
 
 // One way to run attention: a preset, or a density that is forced.
 struct Attention {
@@ -130,8 +127,8 @@ absl::Status RunOnce(Engine& engine, const Arguments& arguments, int64_t tokens,
   PrefillJob job;
   HEADSTART_ASSIGN_OR_RETURN(job.token_ids, MakePrompt(arguments, tokens, config.vocab_size));
   HEADSTART_ASSIGN_OR_RETURN(job.attention, OptionsOf(attention, config.heads));
-  DiscardingSink sink(arguments.dump_file);
-  const auto result = engine.RunPrefill(job, sink);
+  const std::unique_ptr<KvSink> sink = MakeSink(arguments.dump_file);
+  const auto result = engine.RunPrefill(job, *sink);
   if (!result.ok()) return result.status();
   const auto executed = static_cast<double>(result->executed_blocks);
   std::printf(
