@@ -280,7 +280,8 @@ void KvStream::End(absl::Status status) {
     MutexLock lock(&mutex_);
     HEADSTART_CHECK(!ending_);
     ending_ = true;
-    status_ = std::move(status);
+    // A write that failed took the completion with it.
+    status_ = broken_ && status.ok() ? WhyCancelled() : std::move(status);
     last_progress_ = absl::Now();
     if (!status_.ok()) queue_.clear();
     if (writing_) {  // OnWriteDone settles; the stream may be gone as soon as the lock is

@@ -56,6 +56,9 @@ PrefillClientOptions LiveServer::client_options() const {
   options.target = target();
   options.timeout = absl::Seconds(30);
   options.retry.max_attempts = 1;
+  // The server is there; but under load gRPC 1.51 sometimes takes a connection that is under way
+  // for a failed one ("ipv4:...: No such file or directory"). Then a call waits for the next.
+  options.wait_for_ready = true;
   return options;
 }
 

@@ -150,7 +150,7 @@ TEST(StreamingTest, RequestsThatInterleaveGetWhatTheyGetAlone) {
   }
   for (std::thread& thread : threads) thread.join();
   for (size_t i = 0; i < requests.size(); ++i) {
-    ASSERT_OK(received[i]);
+    ASSERT_OK(received[i].status());
     ASSERT_OK_AND_ASSIGN(const Computed computed,
                          Compute(*engine, *JobFor(requests[i], engine->config().heads)));
     ExpectSame(*received[i], computed);
