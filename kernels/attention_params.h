@@ -1,7 +1,8 @@
 // Parameters of attention and of its block selection, and the layout of the KV cache.
 //
-// Dimension words, used everywhere: num_tokens, num_heads (query heads, H), num_kv_heads (H_kv), head_dim (d),
-// block (kBlockTokens consecutive tokens: queries, keys and KV pages alike), proxy (representative head).
+// Dimension words, used everywhere: num_tokens, num_heads (query heads, H), num_kv_heads (H_kv),
+// head_dim (d), block (kBlockTokens consecutive tokens: queries, keys and KV pages alike), proxy
+// (representative head).
 #pragma once
 
 #include <algorithm>
@@ -16,26 +17,33 @@ namespace headstart {
 // Tokens of a block: of queries, of keys, and of a KV page.
 inline constexpr int64_t kBlockTokens = 128;
 
-constexpr int64_t NumBlocks(int64_t num_tokens) { return (num_tokens + kBlockTokens - 1) / kBlockTokens; }
+constexpr int64_t NumBlocks(int64_t num_tokens) {
+  return (num_tokens + kBlockTokens - 1) / kBlockTokens;
+}
 
 struct HeadShape {
   int32_t num_heads = 0;
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;
 
-  constexpr int32_t group_size() const { return num_heads / num_kv_heads; }  // query heads that read one KV head
+  constexpr int32_t group_size() const {
+    return num_heads / num_kv_heads;
+  }  // query heads that read one KV head
   constexpr int64_t qkv_cols() const { return int64_t{num_heads + 2 * num_kv_heads} * head_dim; }
 };
 
-// One layer's KV cache of one sequence. Token t lives in page page_table[t / kBlockTokens]; a page is
-// [K, V][num_kv_heads][kBlockTokens][head_dim] of `dtype`, contiguous. Memory belongs to the backend.
+// One layer's KV cache of one sequence. Token t lives in page page_table[t / kBlockTokens]; a page
+// is [K, V][num_kv_heads][kBlockTokens][head_dim] of `dtype`, contiguous. Memory belongs to the
+// backend.
 struct KvPages {
   void* pages = nullptr;
   DType dtype = DType::kBF16;
   const int32_t* page_table = nullptr;  // backend memory
   HeadShape shape;
 
-  constexpr int64_t plane_elements() const { return int64_t{shape.num_kv_heads} * kBlockTokens * shape.head_dim; }
+  constexpr int64_t plane_elements() const {
+    return int64_t{shape.num_kv_heads} * kBlockTokens * shape.head_dim;
+  }
   constexpr int64_t page_elements() const { return 2 * plane_elements(); }
 };
 
@@ -44,14 +52,14 @@ enum class BudgetRule : uint8_t { kOwn, kShared, kRow };
 // ProxyAttn (arXiv 2509.24745), every value resolved. `enabled == false` is dense attention.
 struct ProxyAttnOptions {
   bool enabled = false;
-  int32_t num_proxies = 1;         // g: divides num_heads, and divides num_kv_heads or is a multiple of it
-  int32_t stride = 4;              // s: 4, 8 or 16
+  int32_t num_proxies = 1;  // g: divides num_heads, and divides num_kv_heads or is a multiple of it
+  int32_t stride = 4;       // s: 4, 8 or 16
   BudgetRule budget = BudgetRule::kShared;
-  float gamma = 0.95f;             // mass that a head's budget must reach, (0, 1]
-  int32_t floor_tokens = 2048;     // least budget of a head
-  int32_t sink_blocks = 1;         // forced: block 0 (0 or 1)
-  int32_t local_blocks = 1;        // forced: blocks right before the diagonal one
-  int32_t dense_tail_blocks = 2;   // last query blocks of the prompt that see everything
+  float gamma = 0.95f;            // mass that a head's budget must reach, (0, 1]
+  int32_t floor_tokens = 2048;    // least budget of a head
+  int32_t sink_blocks = 1;        // forced: block 0 (0 or 1)
+  int32_t local_blocks = 1;       // forced: blocks right before the diagonal one
+  int32_t dense_tail_blocks = 2;  // last query blocks of the prompt that see everything
   int32_t dense_below_tokens = 4096;
   // More kept blocks than this share of the causal ones: run dense, it is faster.
   float dense_above_density = 0.6f;
@@ -70,9 +78,10 @@ inline int64_t BudgetBlocks(float ratio, int64_t num_blocks, int32_t floor_token
 }
 
 // Kept key blocks of the query blocks [first_row, first_row + num_rows) of a sequence, on the host.
-// Row m of proxy p has one ranking of its causal blocks 0..m: forced blocks first (the diagonal, then sink, then local
-// ones nearest first), the rest by falling score, ties to the lower index. Head h keeps the first counts[h][m - first_row]
-// of the ranking of its proxy p = h / (num_heads / num_proxies).
+// Row m of proxy p has one ranking of its causal blocks 0..m: forced blocks first (the diagonal,
+// then sink, then local ones nearest first), the rest by falling score, ties to the lower index.
+// Head h keeps the first counts[h][m - first_row] of the ranking of its proxy p = h / (num_heads /
+// num_proxies).
 struct BlockSelection {
   int32_t num_heads = 0;
   int32_t num_proxies = 0;
@@ -80,13 +89,12 @@ struct BlockSelection {
   int64_t num_rows = 0;
   std::vector<int32_t> ranking;  // proxy-major, then rows; row m has m + 1 entries
   std::vector<int32_t> counts;   // [num_heads][num_rows], 1 <= count <= m + 1
-  std::vector<float> budget_ratio;  // [num_heads], budget / key blocks, before the floor (rules own and shared)
-  bool dense_fallback = false;   // dense_above_density was passed: all counts are m + 1
+  std::vector<float>
+      budget_ratio;  // [num_heads], budget / key blocks, before the floor (rules own and shared)
+  bool dense_fallback = false;  // dense_above_density was passed: all counts are m + 1
 
   // Entries before row m of a proxy's rankings, counted from first_row.
-  int64_t RankingOffset(int64_t m) const {
-    return (m * (m + 1) - first_row * (first_row + 1)) / 2;
-  }
+  int64_t RankingOffset(int64_t m) const { return (m * (m + 1) - first_row * (first_row + 1)) / 2; }
   int64_t RankingStride() const { return RankingOffset(first_row + num_rows); }
   const int32_t* Ranking(int32_t proxy, int64_t m) const {
     return ranking.data() + proxy * RankingStride() + RankingOffset(m);

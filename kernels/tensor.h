@@ -7,7 +7,8 @@
 
 namespace headstart {
 
-// Rows of a dense matrix in a backend's memory. Element (r, c) is element r * row_stride + c of `data`.
+// Rows of a dense matrix in a backend's memory. Element (r, c) is element r * row_stride + c of
+// `data`.
 struct Matrix {
   void* data = nullptr;
   DType dtype = DType::kF32;
@@ -28,8 +29,8 @@ struct Matrix {
   }
 };
 
-// A weight as it lies in a model file, in host memory that outlives the call it is passed to. Row-major [rows, cols];
-// a vector has rows == 1.
+// A weight as it lies in a model file, in host memory that outlives the call it is passed to.
+// Row-major [rows, cols]; a vector has rows == 1.
 struct HostTensor {
   const void* data = nullptr;
   DType dtype = DType::kF32;

@@ -1,5 +1,5 @@
-// std::mutex and std::condition_variable with clang's thread-safety annotations. Not absl::Mutex: ThreadSanitizer does
-// not see what a distribution's Abseil, built without it, locks.
+// std::mutex and std::condition_variable with clang's thread-safety annotations. Not absl::Mutex:
+// ThreadSanitizer does not see what a distribution's Abseil, built without it, locks.
 #pragma once
 
 #include <condition_variable>
@@ -22,7 +22,9 @@ class ABSL_LOCKABLE Mutex {
 
 class ABSL_SCOPED_LOCKABLE MutexLock {
  public:
-  explicit MutexLock(Mutex* mutex) ABSL_EXCLUSIVE_LOCK_FUNCTION(mutex) : mutex_(mutex) { mutex_->Lock(); }
+  explicit MutexLock(Mutex* mutex) ABSL_EXCLUSIVE_LOCK_FUNCTION(mutex) : mutex_(mutex) {
+    mutex_->Lock();
+  }
   ~MutexLock() ABSL_UNLOCK_FUNCTION() { mutex_->Unlock(); }
   MutexLock(const MutexLock&) = delete;
   MutexLock& operator=(const MutexLock&) = delete;

@@ -1,5 +1,6 @@
-// The error for NaN and infinity in what a model computed. It has the code INTERNAL and a mark, because a server treats
-// it otherwise than every other INTERNAL: the request is lost, the backend is not.
+// The error for NaN and infinity in what a model computed. It has the code INTERNAL and a mark,
+// because a server treats it otherwise than every other INTERNAL: the request is lost, the backend
+// is not.
 #pragma once
 
 #include "absl/status/status.h"
