@@ -8,12 +8,12 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "engine/block_pool.h"
-#include "engine/kv_sink.h"
-#include "engine/memory_plan.h"
-#include "engine/model_config.h"
+#include "engine/model/memory_plan.h"
+#include "engine/model/model_config.h"
+#include "engine/model/weights.h"
 #include "engine/prefill_job.h"
-#include "engine/weights.h"
+#include "engine/schedule/block_pool.h"
+#include "engine/ship/kv_sink.h"
 #include "kernels/backend.h"
 
 namespace headstart {

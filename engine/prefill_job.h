@@ -8,7 +8,7 @@
 
 #include "absl/time/time.h"
 #include "engine/attention_options.h"
-#include "engine/sampling.h"
+#include "engine/run/sampling.h"
 #include "kernels/attention_params.h"
 
 namespace headstart {

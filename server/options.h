@@ -1,16 +1,15 @@
-// Everything that can be set about a server, and how: flags, environment, config file.
+// Everything that can be set about a server, as plain values.
 #pragma once
 
 #include <cstdint>
 #include <string>
 #include <vector>
 
-#include "CLI/CLI.hpp"
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "kernels/backend.h"
 #include "server/admission.h"
-#include "server/attention_request.h"
+#include "server/rpc/attention_request.h"
 
 namespace headstart {
 
@@ -77,24 +76,10 @@ struct ServerOptions {
   std::string log_level = "info";
 };
 
-// Adds every option as a flag with help and with an environment variable: --drain-timeout is also
-// HEADSTART_DRAIN_TIMEOUT.
-void AddServerOptions(CLI::App* app, ServerOptions* options);
-
-// Only those that say which model, where and how large.
-void AddModelOptions(CLI::App* app, ServerOptions* options);
-
-// Sets the options of `app` that neither command line nor environment has set from a TOML file with
-// one `name = value` a line. INVALID_ARGUMENT names the file and what is wrong in it.
-absl::Status ApplyConfigFile(CLI::App* app, const std::string& path);
-
 // What can be said without opening a file or a port. INVALID_ARGUMENT names the flag.
 absl::Status ValidateOptions(const ServerOptions& options);
 
 // The name under which the model is served.
 std::string ServedModelName(const ServerOptions& options);
-
-// The environment variable of a flag: "drain-timeout" -> "HEADSTART_DRAIN_TIMEOUT".
-std::string EnvironmentName(const std::string& flag);
 
 }  // namespace headstart

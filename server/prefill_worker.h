@@ -8,10 +8,10 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "engine/kv_sink.h"
 #include "engine/prefill_job.h"
+#include "engine/ship/kv_sink.h"
 #include "kernels/base/mutex.h"
-#include "server/timer.h"
+#include "server/rpc/timer.h"
 
 namespace headstart {
 

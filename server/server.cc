@@ -9,9 +9,9 @@
 #include "kernels/base/nonfinite.h"
 #include "kernels/base/status_macros.h"
 #include "server/error.h"
-#include "server/logging.h"
-#include "server/self_check.h"
-#include "server/tls.h"
+#include "server/net/self_check.h"
+#include "server/net/tls.h"
+#include "server/ops/logging.h"
 #include "server/version.h"
 
 namespace headstart {

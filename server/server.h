@@ -11,11 +11,11 @@
 #include "absl/status/statusor.h"
 #include "engine/engine.h"
 #include "kernels/base/mutex.h"
-#include "server/admin_server.h"
-#include "server/grpc_server.h"
-#include "server/listener.h"
-#include "server/prefill_service.h"
-#include "server/service_context.h"
+#include "server/net/listener.h"
+#include "server/ops/admin_server.h"
+#include "server/rpc/grpc_server.h"
+#include "server/rpc/prefill_service.h"
+#include "server/rpc/service_context.h"
 
 namespace headstart {
 

@@ -20,7 +20,7 @@ MAY_INCLUDE = {
     "kernels/cuda/": (*BASE, "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h", "kernels/select_args.h", "kernels/cuda/"),
     "engine/": (*BASE, "engine/", "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h"),
     "server/": (*BASE, *GENERATED, "server/", "engine/", "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h"),
-    "server/main.cc": ("server/", "client/"),  # the program: every subcommand
+    "server/program/main.cc": ("server/", "client/"),  # the program: every subcommand
     "client/": (*GENERATED, "client/"),
     "client/decode/": (*GENERATED, *BASE, "client/", "engine/", "kernels/backend.h", "kernels/attention_params.h"),
 }

@@ -7,7 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-#include "engine/model_config.h"
+#include "engine/model/model_config.h"
 #include "kernels/base/status_macros.h"
 
 namespace headstart {

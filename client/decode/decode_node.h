@@ -9,7 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "client/prefill_client.h"
-#include "engine/decode_session.h"
+#include "engine/run/decode_session.h"
 #include "headstart/v1/prefill.pb.h"
 
 namespace headstart {

@@ -11,11 +11,11 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "client/command_flags.h"
+#include "client/commands/command_flags.h"
+#include "client/commands/request_report.h"
+#include "client/commands/terminal_progress.h"
+#include "client/commands/token_ids.h"
 #include "client/decode/decode_node.h"
-#include "client/request_report.h"
-#include "client/terminal_progress.h"
-#include "client/token_ids.h"
 
 namespace headstart {
 namespace {

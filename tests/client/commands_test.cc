@@ -14,8 +14,8 @@
 
 #include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
-#include "client/bench_command.h"
-#include "client/request_command.h"
+#include "client/commands/bench_command.h"
+#include "client/commands/request_command.h"
 #include "tests/client/fake_server.h"
 #include "tests/client/kv_stream.h"
 #include "tests/testing/temp_dir.h"

@@ -1,4 +1,4 @@
-#include "client/load.h"
+#include "client/commands/load.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

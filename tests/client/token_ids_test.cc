@@ -1,4 +1,4 @@
-#include "client/token_ids.h"
+#include "client/commands/token_ids.h"
 
 #include <gtest/gtest.h>
 

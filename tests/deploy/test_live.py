@@ -181,7 +181,7 @@ def test_metrics_follow_prometheus_conventions(observed):
 
 
 def test_server_shows_the_metrics_of_its_table_and_no_others(observed):
-    table = re.findall(r'"((?:headstart|process)_\w+)"', (REPO / "server/metric_table.h").read_text())
+    table = re.findall(r'"((?:headstart|process)_\w+)"', (REPO / "server/ops/metric_table.h").read_text())
     shown = re.findall(r"^# TYPE (\w+) ", observed.metrics, flags=re.MULTILINE)
     assert sorted(shown) == sorted(table)
 

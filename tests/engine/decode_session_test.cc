@@ -1,4 +1,4 @@
-#include "engine/decode_session.h"
+#include "engine/run/decode_session.h"
 
 #include <gtest/gtest.h>
 

@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "engine/safetensors.h"
+#include "engine/model/safetensors.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/cpu/reference_selection.h"
 

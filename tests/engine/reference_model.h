@@ -7,7 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
-#include "engine/model_config.h"
+#include "engine/model/model_config.h"
 #include "kernels/cpu/reference_ops.h"
 
 namespace headstart {

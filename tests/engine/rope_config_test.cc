@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "engine/model_config.h"
+#include "engine/model/model_config.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/tiny_model.h"
 

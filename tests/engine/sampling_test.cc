@@ -1,4 +1,4 @@
-#include "engine/sampling.h"
+#include "engine/run/sampling.h"
 
 #include <gtest/gtest.h>
 

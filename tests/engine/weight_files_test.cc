@@ -4,7 +4,7 @@
 #include <filesystem>
 #include <string>
 
-#include "engine/safetensors.h"
+#include "engine/model/safetensors.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/temp_dir.h"
 #include "tests/testing/tiny_model.h"

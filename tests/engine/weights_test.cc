@@ -1,11 +1,11 @@
-#include "engine/weights.h"
+#include "engine/model/weights.h"
 
 #include <gtest/gtest.h>
 
 #include <cstring>
 #include <string>
 
-#include "engine/tensor_scan.h"
+#include "engine/model/tensor_scan.h"
 #include "kernels/base/status_macros.h"
 #include "tests/testing/fault_backend.h"
 #include "tests/testing/status_matchers.h"

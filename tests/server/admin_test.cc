@@ -17,7 +17,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
-#include "server/metric_table.h"
+#include "server/ops/metric_table.h"
 #include "tests/server/raw_http2.h"
 #include "tests/server/server_fixture.h"
 #include "tests/testing/status_matchers.h"

@@ -1,4 +1,4 @@
-#include "server/attention_request.h"
+#include "server/rpc/attention_request.h"
 
 #include <gtest/gtest.h>
 

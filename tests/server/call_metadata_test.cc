@@ -1,4 +1,4 @@
-#include "server/call_metadata.h"
+#include "server/rpc/call_metadata.h"
 
 #include <gtest/gtest.h>
 

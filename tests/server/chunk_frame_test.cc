@@ -1,4 +1,4 @@
-#include "server/chunk_frame.h"
+#include "server/rpc/chunk_frame.h"
 
 #include <gtest/gtest.h>
 

@@ -1,4 +1,4 @@
-#include "server/logging.h"
+#include "server/ops/logging.h"
 
 #include <gtest/gtest.h>
 

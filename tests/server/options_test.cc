@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "server/program/flags.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/temp_dir.h"
 #include "tests/testing/tiny_model.h"

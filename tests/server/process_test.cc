@@ -19,8 +19,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "server/exit_code.h"
-#include "server/serve_command.h"
+#include "server/program/exit_code.h"
+#include "server/program/serve_command.h"
 #include "tests/e2e/child_process.h"
 #include "tests/server/server_fixture.h"
 #include "tests/testing/notification.h"

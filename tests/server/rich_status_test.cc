@@ -1,4 +1,4 @@
-#include "server/rich_status.h"
+#include "server/rpc/rich_status.h"
 
 #include <gtest/gtest.h>
 

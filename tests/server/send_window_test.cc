@@ -1,4 +1,4 @@
-#include "server/send_window.h"
+#include "server/rpc/send_window.h"
 
 #include <gtest/gtest.h>
 

@@ -12,8 +12,8 @@
 #include "absl/strings/str_split.h"
 #include "google/rpc/status.pb.h"
 #include "kernels/base/status_macros.h"
-#include "server/convert.h"
-#include "server/logging.h"
+#include "server/ops/logging.h"
+#include "server/rpc/convert.h"
 #include "tests/testing/status_matchers.h"
 
 namespace headstart::testing {

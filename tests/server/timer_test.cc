@@ -1,4 +1,4 @@
-#include "server/timer.h"
+#include "server/rpc/timer.h"
 
 #include <gtest/gtest.h>
 

@@ -1,5 +1,5 @@
 // TLS and mTLS with real certificates.
-#include "server/tls.h"
+#include "server/net/tls.h"
 
 #include <gtest/gtest.h>
 

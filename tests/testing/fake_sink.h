@@ -10,7 +10,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "engine/kv_sink.h"
+#include "engine/ship/kv_sink.h"
 
 namespace headstart::testing {
 

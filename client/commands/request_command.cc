@@ -1,0 +1,146 @@
+#include "client/commands/request_command.h"
+
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "client/commands/command_flags.h"
+#include "client/commands/request_report.h"
+#include "client/commands/terminal_progress.h"
+#include "client/commands/token_ids.h"
+#include "client/prefill_client.h"
+#include "google/protobuf/util/json_util.h"
+
+namespace headstart {
+namespace {
+
+struct RequestOptions {
+  PrefillClientOptions client;
+  v1::PrefillRequest request;  // with the attention asked for
+  std::string tokens_file;
+  std::string random;
+  std::string model;
+  std::string request_id;
+  float temperature = 0.0f;
+  uint32_t top_k = 0;
+  float top_p = 0.0f;
+  uint64_t seed = 0;
+  std::string save_dir;
+  bool json = false;
+};
+
+absl::StatusOr<std::vector<uint32_t>> PromptOf(const RequestOptions& options,
+                                               const PrefillClient& client) {
+  if (options.random.empty()) return ReadTokenIds(options.tokens_file);
+  absl::StatusOr<RandomPrompt> prompt = ParseRandomPrompt(options.random);
+  if (!prompt.ok()) return prompt.status();
+  absl::StatusOr<v1::GetModelInfoResponse> info = client.GetModelInfo(options.model);
+  if (!info.ok()) return info.status();
+  if (info->vocab_size() == 0) return absl::DataLossError("the server's model has no vocabulary");
+  return RandomTokenIds(prompt->count, info->vocab_size(), prompt->seed);
+}
+
+v1::PrefillRequest MakeRequest(const RequestOptions& options, const std::vector<uint32_t>& ids) {
+  v1::PrefillRequest request = options.request;
+  request.set_model(options.model);
+  request.set_request_id(options.request_id);
+  request.mutable_token_ids()->Add(ids.begin(), ids.end());
+  v1::SamplingOptions& sampling = *request.mutable_sampling();
+  sampling.set_temperature(options.temperature);
+  sampling.set_top_k(options.top_k);
+  sampling.set_top_p(options.top_p);
+  sampling.set_seed(options.seed);
+  return request;
+}
+
+absl::Status WriteFile(const std::filesystem::path& path, const char* data, size_t bytes) {
+  std::ofstream file(path, std::ios::binary | std::ios::trunc);
+  file.write(data, static_cast<std::streamsize>(bytes));
+  file.close();
+  return file ? absl::OkStatus() : absl::InternalError(absl::StrCat("can't write ", path.string()));
+}
+
+// manifest.json, and kv.bin: [layer][K, V][kv_heads][num_tokens][head_dim].
+absl::Status Save(const std::string& dir, const v1::KvManifest& manifest, const KvBuffer& kv) {
+  std::error_code error;
+  std::filesystem::create_directories(dir, error);
+  if (error) return absl::InternalError(absl::StrCat("can't make ", dir, ": ", error.message()));
+  std::string json;
+  google::protobuf::util::JsonPrintOptions style;
+  style.add_whitespace = true;
+  style.preserve_proto_field_names = true;
+  if (!google::protobuf::util::MessageToJsonString(manifest, &json, style).ok()) {
+    return absl::InternalError("the manifest has no JSON form");
+  }
+  const std::filesystem::path folder(dir);
+  if (absl::Status s = WriteFile(folder / "manifest.json", json.data(), json.size()); !s.ok())
+    return s;
+  return WriteFile(folder / "kv.bin", reinterpret_cast<const char*>(kv.data.get()), kv.bytes);
+}
+
+// Makes room for the KV when its size is known.
+auto ReceiveInto(KvBuffer* kv) {
+  return [kv](const v1::KvManifest&, const KvShape& shape) -> absl::StatusOr<KvDestination> {
+    absl::StatusOr<KvBuffer> memory = AllocateKv(shape);
+    if (!memory.ok()) return memory.status();
+    *kv = *std::move(memory);
+    return ContiguousKv(shape, kv->span());
+  };
+}
+
+absl::Status RunRequest(const RequestOptions& options) {
+  auto client = PrefillClient::Create(options.client);
+  if (!client.ok()) return client.status();
+  absl::StatusOr<std::vector<uint32_t>> ids = PromptOf(options, **client);
+  if (!ids.ok()) return ids.status();
+  TerminalProgress progress;
+  KvReceiverOptions receive;
+  progress.Follow(&receive);
+  KvBuffer kv;
+  if (!options.save_dir.empty()) receive.on_manifest = ReceiveInto(&kv);
+  absl::StatusOr<PrefillOutcome> outcome =
+      (*client)->Prefill(MakeRequest(options, *ids), std::move(receive));
+  progress.Clear();
+  if (!outcome.ok()) return outcome.status();
+  std::cout << (options.json ? ReportJson(*outcome).dump(2) + "\n" : FormatReport(*outcome))
+            << std::flush;
+  return options.save_dir.empty() ? absl::OkStatus()
+                                  : Save(options.save_dir, outcome->completed.manifest(), kv);
+}
+
+}  // namespace
+
+void AddRequestCommand(CLI::App& app, std::function<void(int)> set_exit_code) {
+  auto options = std::make_shared<RequestOptions>();
+  CLI::App& command = *app.add_subcommand(
+      "request", "Send one prompt, check the KV that comes back, show where the time went");
+  AddConnectionFlags(command, &options->client);
+  CLI::Option_group& prompt = *command.add_option_group("Prompt", "Token ids: one of these");
+  prompt.add_option("--tokens-file", options->tokens_file,
+                    "JSON array or ids apart by white space; - is standard input");
+  prompt.add_option("--random", options->random, "N:SEED: N ids drawn from the vocabulary");
+  prompt.require_option(1);
+  command.add_option("--model", options->model, "Name of the model; empty: the one that is served");
+  command.add_option("--request-id", options->request_id,
+                     "Name of the request in logs; empty: the server chooses");
+  AddAttentionFlags(command, /*with_preset=*/true, &options->request);
+  command.add_option("--temperature", options->temperature, "Of the first token; 0 is greedy")
+      ->capture_default_str();
+  command.add_option("--top-k", options->top_k, "0: all")->capture_default_str();
+  command.add_option("--top-p", options->top_p, "0: all")->capture_default_str();
+  command.add_option("--seed", options->seed, "Of the first token's draw")->capture_default_str();
+  command.add_option(
+      "--save", options->save_dir,
+      "Write DIR/manifest.json and DIR/kv.bin, [layer][K, V][kv_heads][num_tokens][head_dim]");
+  command.add_flag("--json", options->json, "Print JSON instead of a table");
+  command.final_callback([options, set_exit_code = std::move(set_exit_code)] {
+    set_exit_code(ReportStatus("headstart request", RunRequest(*options)));
+  });
+}
+
+}  // namespace headstart

@@ -1,0 +1,204 @@
+#include "client/commands/request_report.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/strip.h"
+#include "client/commands/command_flags.h"
+
+namespace headstart {
+namespace {
+
+double Seconds(const google::protobuf::Duration& duration) {
+  return static_cast<double>(duration.seconds()) + duration.nanos() * 1e-9;
+}
+
+double Seconds(absl::Duration duration) { return absl::ToDoubleSeconds(duration); }
+
+// The parts of the time to first token, in the order of the wire format.
+std::vector<std::pair<const char*, double>> TimeParts(const v1::PrefillStatistics& statistics) {
+  return {{"queue", Seconds(statistics.queue())},
+          {"selection", Seconds(statistics.selection())},
+          {"attention", Seconds(statistics.attention())},
+          {"other_compute", Seconds(statistics.other_compute())},
+          {"exposed_transfer", Seconds(statistics.exposed_transfer())}};
+}
+
+// A bar of `width` cells for a value in [0, 1], in eighths of a cell.
+std::string Bar(double value, int width) {
+  static constexpr const char* kEighths[] = {"", "▏", "▎", "▍", "▌", "▋", "▊", "▉"};
+  const int eighths = static_cast<int>(std::lround(std::clamp(value, 0.0, 1.0) * width * 8));
+  std::string bar;
+  for (int i = 0; i < eighths / 8; ++i) bar += "█";
+  return bar + kEighths[eighths % 8];
+}
+
+std::string DtypeName(v1::KvDtype dtype) {
+  absl::string_view name = v1::KvDtype_Name(dtype);
+  absl::ConsumePrefix(&name, "KV_DTYPE_");
+  return absl::AsciiStrToLower(name);
+}
+
+std::string AlgorithmName(const v1::AttentionProvenance& attention) {
+  absl::string_view name = v1::AttentionProvenance::Algorithm_Name(attention.algorithm());
+  absl::ConsumePrefix(&name, "ALGORITHM_");
+  return absl::AsciiStrToLower(name);
+}
+
+std::string BudgetName(v1::BudgetRule rule) {
+  absl::string_view name = v1::BudgetRule_Name(rule);
+  absl::ConsumePrefix(&name, "BUDGET_RULE_");
+  return absl::AsciiStrToLower(name);
+}
+
+std::string DescribeAttention(const v1::AttentionProvenance& attention) {
+  const v1::AttentionOptions& options = attention.options();
+  std::string text = AlgorithmName(attention);
+  if (!attention.dense_reason().empty())
+    absl::StrAppend(&text, ", ", absl::Utf8SafeCEscape(attention.dense_reason()));
+  if (attention.algorithm() == v1::AttentionProvenance::ALGORITHM_PROXY_ATTN) {
+    absl::StrAppendFormat(&text, ", %s: g=%d, stride %d, budget %s, gamma %.2f, floor %d tokens",
+                          PresetName(options.preset()), options.num_proxies(), options.stride(),
+                          BudgetName(options.budget()), options.gamma(), options.floor_tokens());
+  }
+  return text;
+}
+
+std::string FormatTimes(const PrefillOutcome& outcome) {
+  const v1::PrefillStatistics& statistics = outcome.completed.statistics();
+  const double total = Seconds(statistics.total());
+  const double seen = Seconds(outcome.timing.completed);
+  std::string text = absl::StrFormat("time to first token  %9.3f s  %8.0f tokens/s\n", seen,
+                                     outcome.completed.manifest().num_tokens() / seen);
+  for (const auto& [name, seconds] : TimeParts(statistics)) {
+    const double share = total > 0 ? seconds / total : 0.0;
+    absl::StrAppendFormat(&text, "  %-18s %9.3f s  %7.1f %%  %s\n", name, seconds, 100 * share,
+                          Bar(share, 20));
+  }
+  absl::StrAppendFormat(&text, "  %-18s %9.3f s  (connection and client)\n", "outside the server",
+                        seen - total);
+  return text;
+}
+
+std::string FormatKv(const PrefillOutcome& outcome) {
+  const v1::Completed& completed = outcome.completed;
+  const v1::KvLayout& layout = completed.manifest().layout();
+  return absl::StrFormat(
+      "KV  %.1f MB in %d chunks at %.3f GB/s, first after %.3f s, last after %.3f s\n"
+      "    %d layers, %d KV heads, head_dim %d, %s\n",
+      completed.kv_bytes() / 1e6, completed.num_chunks(), KvGigabytesPerSecond(outcome),
+      Seconds(outcome.timing.first_chunk), Seconds(outcome.timing.last_chunk), layout.num_layers(),
+      layout.num_kv_heads(), layout.head_dim(), DtypeName(layout.dtype()));
+}
+
+std::string FormatSparsity(const v1::Completed& completed) {
+  const double density = Density(completed);
+  std::string text = absl::StrFormat(
+      "attention  %s\nsparsity  %.3f: %.1f %% of the causal blocks ran",
+      DescribeAttention(completed.manifest().attention()), 1 - density, 100 * density);
+  if (completed.statistics().dense_fallbacks() > 0) {
+    absl::StrAppendFormat(&text, ", %d dense fallbacks", completed.statistics().dense_fallbacks());
+  }
+  text += "\n";
+  int layer = 0;
+  for (const float layer_density : completed.manifest().layer_density()) {
+    absl::StrAppendFormat(&text, "  layer %3d  %5.3f  %s\n", layer++, 1 - layer_density,
+                          Bar(1 - layer_density, 40));
+  }
+  return text;
+}
+
+nlohmann::json AttentionJson(const v1::Completed& completed) {
+  const v1::AttentionProvenance& attention = completed.manifest().attention();
+  const v1::AttentionOptions& options = attention.options();
+  const auto& densities = completed.manifest().layer_density();
+  return {{"algorithm", AlgorithmName(attention)},
+          {"dense_reason", attention.dense_reason()},
+          {"preset", PresetName(options.preset())},
+          {"num_proxies", options.num_proxies()},
+          {"stride", options.stride()},
+          {"budget", BudgetName(options.budget())},
+          {"gamma", options.gamma()},
+          {"floor_tokens", options.floor_tokens()},
+          {"sink_blocks", options.sink_blocks()},
+          {"local_blocks", options.local_blocks()},
+          {"dense_tail_blocks", options.dense_tail_blocks()},
+          {"dense_below_tokens", options.dense_below_tokens()},
+          {"executed_blocks", completed.statistics().executed_blocks()},
+          {"causal_blocks", completed.statistics().causal_blocks()},
+          {"dense_fallbacks", completed.statistics().dense_fallbacks()},
+          {"density", Density(completed)},
+          {"layer_density", std::vector<float>(densities.begin(), densities.end())}};
+}
+
+nlohmann::json KvJson(const PrefillOutcome& outcome) {
+  const v1::KvLayout& layout = outcome.completed.manifest().layout();
+  return {{"bytes", outcome.completed.kv_bytes()},
+          {"chunks", outcome.completed.num_chunks()},
+          {"gigabytes_per_second", KvGigabytesPerSecond(outcome)},
+          {"num_layers", layout.num_layers()},
+          {"num_kv_heads", layout.num_kv_heads()},
+          {"head_dim", layout.head_dim()},
+          {"dtype", DtypeName(layout.dtype())}};
+}
+
+}  // namespace
+
+double Density(const v1::Completed& completed) {
+  const v1::PrefillStatistics& statistics = completed.statistics();
+  if (statistics.causal_blocks() == 0) return 1.0;
+  return static_cast<double>(statistics.executed_blocks()) /
+         static_cast<double>(statistics.causal_blocks());
+}
+
+double KvGigabytesPerSecond(const PrefillOutcome& outcome) {
+  const double seconds = Seconds(outcome.timing.last_chunk - outcome.timing.manifest);
+  return seconds > 0 ? static_cast<double>(outcome.completed.kv_bytes()) / seconds / 1e9 : 0.0;
+}
+
+std::string FormatReport(const PrefillOutcome& outcome) {
+  const v1::KvManifest& manifest = outcome.completed.manifest();
+  const v1::FirstToken& token = outcome.completed.first_token();
+  return absl::StrCat(
+      absl::StrFormat("request %s  model %s  prompt %d tokens\n",
+                      absl::Utf8SafeCEscape(outcome.accepted.request_id()),
+                      absl::Utf8SafeCEscape(manifest.model()), manifest.num_tokens()),
+      FormatTimes(outcome), FormatKv(outcome), FormatSparsity(outcome.completed),
+      absl::StrFormat("first token  %d  (logprob %.4f)\n", token.id(), token.logprob()));
+}
+
+nlohmann::json ReportJson(const PrefillOutcome& outcome) {
+  const v1::Completed& completed = outcome.completed;
+  const PrefillTiming& timing = outcome.timing;
+  nlohmann::json server = {{"total_seconds", Seconds(completed.statistics().total())}};
+  for (const auto& [name, seconds] : TimeParts(completed.statistics()))
+    server[absl::StrCat(name, "_seconds")] = seconds;
+  return {{"request_id", outcome.accepted.request_id()},
+          {"model", completed.manifest().model()},
+          {"model_hash", completed.manifest().model_hash()},
+          {"prompt_tokens", completed.manifest().num_tokens()},
+          {"attempts", outcome.attempts},
+          {"queue_requests", outcome.accepted.queue_requests()},
+          {"queue_tokens", outcome.accepted.queue_tokens()},
+          {"first_token",
+           {{"id", completed.first_token().id()}, {"logprob", completed.first_token().logprob()}}},
+          {"ttft_seconds", Seconds(timing.completed)},
+          {"tokens_per_second", completed.manifest().num_tokens() / Seconds(timing.completed)},
+          {"server", server},
+          {"client",
+           {{"accepted_seconds", Seconds(timing.accepted)},
+            {"manifest_seconds", Seconds(timing.manifest)},
+            {"first_chunk_seconds", Seconds(timing.first_chunk)},
+            {"last_chunk_seconds", Seconds(timing.last_chunk)},
+            {"completed_seconds", Seconds(timing.completed)}}},
+          {"kv", KvJson(outcome)},
+          {"attention", AttentionJson(completed)}};
+}
+
+}  // namespace headstart

@@ -1,0 +1,51 @@
+// The weights of a model in the form that a backend multiplies.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/model/model_config.h"
+#include "engine/model/safetensors.h"
+#include "kernels/backend.h"
+
+namespace headstart {
+
+struct LayerWeights {
+  Buffer input_norm;                      // f32 [hidden]
+  std::unique_ptr<LinearWeight> qkv;      // [(H + 2 H_kv) d, hidden], bias where the model has it
+  Buffer q_norm, k_norm;                  // f32 [d]; empty without QK-norm
+  std::unique_ptr<LinearWeight> output;   // [hidden, H d]
+  Buffer post_attention_norm;             // f32 [hidden]
+  std::unique_ptr<LinearWeight> gate_up;  // [2 ffn, hidden]
+  std::unique_ptr<LinearWeight> down;     // [hidden, ffn]
+};
+
+struct ModelWeights {
+  Buffer embedding;  // compute dtype [vocab, hidden]
+  std::vector<LayerWeights> layers;
+  Buffer final_norm;                      // f32 [hidden]
+  std::unique_ptr<LinearWeight> lm_head;  // [vocab, hidden]
+  std::unique_ptr<RopeTable> rope;
+  // Lower-case hex SHA-256 over the configuration and, for every tensor in order of name, its name,
+  // dtype, shape and CRC-32C: equal for equal models whatever their sharding.
+  std::string model_hash;
+};
+
+// Called with bytes done and in all, from the loading thread.
+using LoadProgress = std::function<void(int64_t done_bytes, int64_t total_bytes)>;
+
+// Loads, checks and hands over every tensor. INVALID_ARGUMENT names file and tensor: missing, wrong
+// shape, dtype that is not f32, bf16 or f16, values that are not finite, and a tensor that the
+// configuration has no place for (transformers warns of it and goes on; here it would mean wrong
+// results in silence). Left out without a word: rotary_emb.inv_freq, which old Llama checkpoints
+// carry, and lm_head.weight when the embeddings are tied. The RoPE table covers positions [0,
+// num_positions). `progress` may be null.
+absl::StatusOr<ModelWeights> LoadWeights(const ModelConfig& config, const WeightFiles& files,
+                                         Backend& backend, int64_t num_positions,
+                                         const LoadProgress& progress);
+
+}  // namespace headstart

@@ -1,0 +1,105 @@
+// The server's own accept loop. gRPC 1.51's stops for ever when file descriptors run out once
+// (CVE-2023-4785), and knows no limit of connections.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "kernels/base/mutex.h"
+#include "server/net/socket.h"
+
+namespace headstart {
+
+struct ListenerLimits {
+  int64_t max_connections = 1024;
+  int64_t max_connections_per_peer = 256;  // from one IP address
+};
+
+enum class ShedReason : uint8_t { kMaxConnections, kMaxConnectionsPerPeer, kNoFileDescriptors };
+inline constexpr std::array<absl::string_view, 3> kShedReasonNames = {
+    "max_connections", "max_connections_per_peer", "no_file_descriptors"};
+
+struct ListenerStats {
+  int64_t open = 0;
+  int64_t accepted = 0;
+  std::array<int64_t, kShedReasonNames.size()> shed = {};
+};
+
+class Listener {
+ public:
+  // Gets a connected, non-blocking socket to keep. `own`: ConnectToSelf made it.
+  using Handler = std::function<void(int fd, bool own)>;
+
+  // Listens; connections wait until Start.
+  static absl::StatusOr<std::unique_ptr<Listener>> Create(const HostPort& address,
+                                                          const ListenerLimits& limits);
+  ~Listener();
+  Listener(const Listener&) = delete;
+  Listener& operator=(const Listener&) = delete;
+
+  // Accepts from now on, on a thread of its own, and hands over what is within the limits. The rest
+  // is closed at once.
+  void Start(Handler handler);
+  // Stops listening. Idempotent.
+  void Stop();
+
+  int port() const { return local_.port; }
+  int fd() const { return listen_fd_; }
+  ListenerStats stats();
+
+  // A blocking socket, connected to this listener over the machine's own address, past the limits:
+  // for looking whether connections are still taken. Known to be ours by its source address, which
+  // the kernel gives to nobody else while we hold it.
+  absl::StatusOr<int> ConnectToSelf(absl::Duration timeout);
+
+ private:
+  // One that was handed over. It belongs to others, who don't say when they close it; its inode
+  // does.
+  struct Connection {
+    uint64_t device = 0;
+    uint64_t inode = 0;
+    std::string peer_ip;
+  };
+
+  Listener(int listen_fd, int wake_fd, const ListenerLimits& limits);
+  void Loop();
+  void AcceptAll();
+  // False when there is nothing to accept.
+  bool AcceptOne();
+  bool ShedWithReserve();
+  void Admit(int fd, const Endpoint& peer);
+  // Counts the connection in, or says why not.
+  bool Register(int fd, const Endpoint& peer);
+  void Shed(ShedReason reason);
+  bool TakeOwn(const Endpoint& peer);
+  void Sweep() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Remove(std::unordered_map<int, Connection>::iterator connection)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  int listen_fd_;
+  const int wake_fd_;
+  int reserve_fd_;  // given up for a moment when no other descriptor is left
+  const Endpoint local_;
+  const ListenerLimits limits_;
+  Handler handler_;
+  std::thread thread_;
+
+  Mutex mutex_;
+  std::unordered_map<int, Connection> connections_ ABSL_GUARDED_BY(mutex_);  // by descriptor
+  std::map<std::string, int64_t> by_peer_ ABSL_GUARDED_BY(mutex_);
+  std::vector<Endpoint> own_ ABSL_GUARDED_BY(mutex_);  // sources of ConnectToSelf
+  ListenerStats stats_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace headstart

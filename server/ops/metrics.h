@@ -1,0 +1,111 @@
+// The server's Prometheus metrics. Their table is metric_table.h.
+#pragma once
+
+#include <prometheus/counter.h>
+#include <prometheus/gauge.h>
+#include <prometheus/histogram.h>
+#include <prometheus/registry.h>
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "server/admission.h"
+#include "server/error.h"
+#include "server/ops/metric_table.h"
+#include "server/rpc/call_record.h"
+
+namespace headstart {
+
+// What a loaded model adds to the metrics.
+struct ModelFacts {
+  std::string model_hash;
+  std::string architecture;
+  std::string kv_dtype;
+  std::string backend;
+  std::string device;
+  int32_t num_layers = 0;
+  int64_t block_tokens = 0;
+  int64_t num_blocks = 0;
+  absl::Duration load_time;
+};
+
+// State that is looked at when /metrics is asked for.
+struct MetricsSnapshot {
+  Load load;
+  AdmissionLimits limits;
+  bool ready = false;
+  bool draining = false;
+  int64_t layers_done = 0;
+  int64_t pool_blocks = 0;
+  int64_t pool_free = 0;
+  int64_t pool_acquired = 0;
+  int64_t pool_released = 0;
+  int64_t connections = 0;
+  int64_t connections_accepted = 0;
+  std::vector<std::pair<std::string, int64_t>> connections_shed;  // by reason
+};
+
+// Thread-safe but for SetModel, which comes before the first request. Every series that can be
+// known is there from the start with 0, so that rate() sees the first event.
+class Metrics {
+ public:
+  // `model` is the served name; requests for other names count under "_unknown".
+  explicit Metrics(const std::string& model);
+  void SetModel(const ModelFacts& facts);
+
+  // A call ended. Once a call.
+  void RecordCall(const CallRecord& record, const absl::Status& status);
+
+  void RecordComputeStart(absl::Duration queue);
+  void RecordChunkSent(int64_t bytes);
+  void RecordChunkStall(absl::Duration waited);
+
+  // Prometheus text format 0.0.4.
+  std::string Serialize(const MetricsSnapshot& snapshot) const;
+
+ private:
+  using Labels = prometheus::Labels;
+
+  prometheus::Family<prometheus::Counter>& CounterFamily(const MetricSpec& spec);
+  prometheus::Family<prometheus::Gauge>& GaugeFamily(const MetricSpec& spec);
+  prometheus::Histogram& AddHistogram(const MetricSpec& spec,
+                                      const prometheus::Histogram::BucketBoundaries& buckets);
+  prometheus::Counter& AddCounter(const MetricSpec& spec, Labels labels);
+  void AddRequestCounters();
+  void RecordComputed(const CallRecord& record);
+  void RecordBlocks(const PrefillResult& result);
+
+  const std::string model_;
+  prometheus::Registry registry_;
+  prometheus::Family<prometheus::Counter>& requests_;
+  prometheus::Family<prometheus::Counter>& transfer_failures_;
+  prometheus::Histogram& time_to_first_chunk_;
+  prometheus::Histogram& time_to_first_token_;
+  prometheus::Histogram& queue_time_;
+  prometheus::Histogram& compute_time_;
+  prometheus::Histogram& selection_time_;
+  prometheus::Histogram& attention_time_;
+  prometheus::Histogram& other_compute_time_;
+  prometheus::Histogram& exposed_transfer_time_;
+  prometheus::Histogram& request_time_;
+  prometheus::Histogram& prompt_tokens_;
+  prometheus::Histogram& chunk_stall_;
+  prometheus::Histogram& density_;
+  prometheus::Counter& prompt_tokens_computed_;
+  prometheus::Counter& kv_bytes_sent_;
+  prometheus::Counter& kv_chunks_sent_;
+  prometheus::Counter& fallback_short_;
+  prometheus::Counter& fallback_density_;
+  prometheus::Counter& nonfinite_;
+  // By layer; empty until SetModel.
+  std::vector<prometheus::Counter*> executed_blocks_;
+  std::vector<prometheus::Counter*> causal_blocks_;
+  std::vector<prometheus::Counter*> predicted_blocks_;
+  std::vector<prometheus::Gauge*> sparsity_;
+};
+
+}  // namespace headstart

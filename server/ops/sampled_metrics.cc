@@ -1,0 +1,128 @@
+#include "server/ops/sampled_metrics.h"
+
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <system_error>
+
+namespace headstart {
+namespace {
+
+using prometheus::ClientMetric;
+using prometheus::MetricFamily;
+
+struct Sample {
+  std::vector<ClientMetric::Label> labels;
+  double value = 0;
+};
+
+MetricFamily Family(const MetricSpec& spec, const std::vector<Sample>& samples) {
+  MetricFamily family;
+  family.name = spec.name;
+  family.help = spec.help;
+  const bool counter = spec.type == MetricType::kCounter;
+  family.type = counter ? prometheus::MetricType::Counter : prometheus::MetricType::Gauge;
+  for (const Sample& sample : samples) {
+    ClientMetric metric;
+    metric.label = sample.labels;
+    (counter ? metric.counter.value : metric.gauge.value) = sample.value;
+    family.metric.push_back(std::move(metric));
+  }
+  return family;
+}
+
+MetricFamily Single(const MetricSpec& spec, double value) { return Family(spec, {{{}, value}}); }
+
+// Fields of /proc/self/stat from the third on: the second, the command's name, may hold blanks.
+std::vector<std::string> StatFields() {
+  std::ifstream file("/proc/self/stat");
+  std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  std::istringstream rest(
+      text.substr(text.rfind(')') == std::string::npos ? text.size() : text.rfind(')') + 1));
+  return {std::istream_iterator<std::string>(rest), std::istream_iterator<std::string>()};
+}
+
+// Unix time when the machine started.
+double BootTime() {
+  std::ifstream file("/proc/stat");
+  std::string word;
+  while (file >> word) {
+    double seconds = 0;
+    if (word == "btime" && file >> seconds) return seconds;
+  }
+  return 0;
+}
+
+int64_t CountOpenFds() {
+  std::error_code error;
+  int64_t count = 0;
+  for (std::filesystem::directory_iterator it("/proc/self/fd", error), end; !error && it != end;
+       it.increment(error)) {
+    ++count;
+  }
+  return count;
+}
+
+}  // namespace
+
+std::vector<MetricFamily> SampleServer(const std::string& model, const MetricsSnapshot& s) {
+  const auto of_model = [&model](const MetricSpec& spec, int64_t value) {
+    return Family(spec, {{{{"model", model}}, static_cast<double>(value)}});
+  };
+  const auto number = [](const MetricSpec& spec, int64_t value) {
+    return Single(spec, static_cast<double>(value));
+  };
+  const double used = static_cast<double>(s.pool_blocks - s.pool_free);
+  std::vector<Sample> shed;
+  for (const auto& [reason, count] : s.connections_shed) {
+    shed.push_back({{{"reason", reason}}, static_cast<double>(count)});
+  }
+  return {
+      of_model(metric::kQueueRequests, s.load.queued_requests),
+      of_model(metric::kQueueTokens, s.load.queued_tokens),
+      of_model(metric::kRunningRequests, s.load.inflight_requests - s.load.queued_requests),
+      of_model(metric::kInflightTokens, s.load.inflight_tokens),
+      of_model(metric::kQueueLimitRequests, s.limits.max_requests),
+      of_model(metric::kQueueLimitTokens, s.limits.max_tokens),
+      of_model(metric::kTicketsAcquired, s.load.acquired),
+      of_model(metric::kTicketsReleased, s.load.released),
+      Family(metric::kKvPoolBlocks, {{{{"state", "free"}}, static_cast<double>(s.pool_free)},
+                                     {{{"state", "used"}}, used}}),
+      number(metric::kKvPoolAcquired, s.pool_acquired),
+      number(metric::kKvPoolReleased, s.pool_released),
+      Single(metric::kKvCacheUtilization,
+             s.pool_blocks == 0 ? 0.0 : used / static_cast<double>(s.pool_blocks)),
+      number(metric::kReady, s.ready),
+      number(metric::kDraining, s.draining),
+      number(metric::kLayersDone, s.layers_done),
+      number(metric::kConnections, s.connections),
+      number(metric::kConnectionsAccepted, s.connections_accepted),
+      Family(metric::kConnectionsShed, shed),
+  };
+}
+
+std::vector<MetricFamily> SampleProcess() {
+  constexpr size_t kUserTime = 11, kSystemTime = 12, kThreads = 17, kStart = 19, kVirtual = 20,
+                   kResident = 21;  // counted from the third field of proc(5)
+  const std::vector<std::string> stat = StatFields();
+  if (stat.size() <= kResident) return {};
+  const auto field = [&stat](size_t index) { return std::strtod(stat[index].c_str(), nullptr); };
+  const auto ticks = static_cast<double>(sysconf(_SC_CLK_TCK));
+  rlimit files = {};
+  getrlimit(RLIMIT_NOFILE, &files);
+  return {
+      Single(metric::kProcessCpu, (field(kUserTime) + field(kSystemTime)) / ticks),
+      Single(metric::kProcessResident,
+             field(kResident) * static_cast<double>(sysconf(_SC_PAGESIZE))),
+      Single(metric::kProcessVirtual, field(kVirtual)),
+      Single(metric::kProcessOpenFds, static_cast<double>(CountOpenFds())),
+      Single(metric::kProcessMaxFds, static_cast<double>(files.rlim_cur)),
+      Single(metric::kProcessThreads, field(kThreads)),
+      Single(metric::kProcessStart, BootTime() + field(kStart) / ticks),
+  };
+}
+
+}  // namespace headstart

@@ -1,0 +1,166 @@
+#include "server/program/serve_command.h"
+
+#include <unistd.h>
+
+#include <cstdio>
+#include <fstream>
+#include <iostream>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "kernels/base/status_macros.h"
+#include "server/error.h"
+#include "server/ops/logging.h"
+#include "server/program/exit_code.h"
+#include "server/program/flags.h"
+#include "server/program/load_progress.h"
+#include "server/program/signals.h"
+#include "server/version.h"
+
+namespace headstart {
+namespace {
+
+// How much longer than the drain timeout the end may take.
+constexpr absl::Duration kHangLimit = absl::Seconds(5);
+
+struct ServeFlags {
+  ServerOptions options;
+  std::string config_file;
+  bool print_config = false;
+};
+
+EngineOptions ToEngineOptions(const ServerOptions& options) {
+  EngineOptions out;
+  out.model_dir = options.model_dir;
+  out.model_name = ServedModelName(options);
+  out.backend = options.backend;
+  out.max_prompt_tokens = options.max_prompt_tokens;
+  out.chunk_tokens = options.chunk_tokens;
+  out.kv_pool_tokens = options.kv_pool_tokens;
+  return out;
+}
+
+// The model before the device: what is wrong with it is said without touching one.
+absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ServerOptions& options) {
+  HEADSTART_RETURN_IF_ERROR(ReadModelConfig(options.model_dir).status());
+  absl::StatusOr<std::unique_ptr<Backend>> backend = MakeBackend(options.backend);
+  if (!backend.ok()) return AsUsageError(backend.status());
+  const EngineOptions engine_options = ToEngineOptions(options);
+  HEADSTART_ASSIGN_OR_RETURN(const MemoryPlan plan, Engine::Plan(engine_options, **backend));
+  Log(LogLevel::kInfo, "memory plan",
+      {{"device", (*backend)->device()},
+       {"weight_bytes", plan.weight_bytes},
+       {"kv_pool_bytes", plan.kv_pool_bytes},
+       {"workspace_bytes", plan.workspace_bytes},
+       {"scratch_bytes", plan.scratch_bytes},
+       {"total_bytes", plan.total_bytes()},
+       {"free_bytes", (*backend)->FreeBytes().value_or(-1)}});
+  return Engine::Create(engine_options, *std::move(backend), MakeLoadProgress(options.log_format));
+}
+
+// Complete or not at all: scripts wait for the file and read it.
+absl::Status WritePortFile(const std::string& path, const Server& server) {
+  if (path.empty()) return absl::OkStatus();
+  const std::string draft = path + ".tmp";
+  std::ofstream file(draft);
+  file << nlohmann::json({{"port", server.port()}, {"admin_port", server.admin_port()}}).dump()
+       << "\n";
+  file.close();
+  if (file.fail() || std::rename(draft.c_str(), path.c_str()) != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("--port-file ", path, ": can't be written"));
+  }
+  return absl::OkStatus();
+}
+
+[[noreturn]] void ExitNow(int code) {
+  std::fflush(stderr);
+  _exit(code);
+}
+
+int FailToStart(const absl::Status& status) {
+  Log(LogLevel::kError, "can't start", {{"message", status.message()}});
+  return kExitListen;
+}
+
+// The effective values in the form of a config file.
+void PrintConfig(const CLI::App& command) {
+  std::cout << command.config_to_str(/*default_also=*/true, /*write_description=*/true) << "\n";
+}
+
+int Serve(CLI::App* command, ServeFlags* flags) {
+  absl::Status status;
+  if (!flags->config_file.empty()) status = ApplyConfigFile(command, flags->config_file);
+  if (status.ok()) status = ValidateOptions(flags->options);
+  if (!status.ok()) {
+    std::cerr << "headstart serve: " << status.message() << "\n";
+    return kExitUsage;
+  }
+  if (flags->print_config) {
+    PrintConfig(*command);
+    return kExitOk;
+  }
+  return RunServer(flags->options, [options = flags->options] { return LoadEngine(options); });
+}
+
+}  // namespace
+
+void AddServeCommand(CLI::App& app, std::function<void(int)> set_exit_code) {
+  auto flags = std::make_shared<ServeFlags>();
+  CLI::App* command = app.add_subcommand("serve", "Serve a model over gRPC");
+  AddServerOptions(command, &flags->options);
+  command->add_option("--config", flags->config_file, "TOML file with options: name = value")
+      ->envname(EnvironmentName("config"))
+      ->configurable(false);
+  command->add_flag("--print-config", flags->print_config, "Print the effective config and exit")
+      ->configurable(false);
+  command->final_callback([command, flags, set_exit_code = std::move(set_exit_code)] {
+    set_exit_code(Serve(command, flags.get()));
+  });
+}
+
+int RunServer(const ServerOptions& options, Server::EngineFactory make_engine) {
+  InitLogging(options.log_format, options.log_level);
+  Mutex mutex;
+  Server* running = nullptr;  // guarded by `mutex`
+  bool signalled = false;     // likewise
+  SignalWatcher watcher([&](int signal) {
+    MutexLock lock(&mutex);
+    if (std::exchange(signalled, true)) ExitNow(kExitSignalBase + signal);
+    if (running != nullptr) running->Drain();
+  });
+  Timer watchdog;
+  absl::StatusOr<std::unique_ptr<Server>> started = Server::Start(options, std::move(make_engine));
+  if (!started.ok()) return FailToStart(started.status());
+  std::unique_ptr<Server> server = *std::move(started);
+  if (absl::Status status = WritePortFile(options.port_file, *server); !status.ok()) {
+    return FailToStart(status);
+  }
+  {
+    MutexLock lock(&mutex);
+    running = server.get();
+    if (signalled) server->Drain();
+  }
+  Log(LogLevel::kInfo, "listening",
+      {{"version", kVersion}, {"port", server->port()}, {"admin_port", server->admin_port()}});
+
+  server->WaitForEnd();
+  watchdog.Schedule(absl::Now() + options.drain_timeout + kHangLimit, [] {
+    Log(LogLevel::kError, "the end hangs: giving up");
+    ExitNow(kExitRuntime);
+  });
+  const absl::Status status = server->Shutdown();
+  Log(LogLevel::kInfo, "stopped", {{"message", status.message()}});
+  if (server->loading()) ExitNow(ExitCodeOf(status));  // nobody waits for the model any more
+  {
+    MutexLock lock(&mutex);
+    running = nullptr;
+  }
+  server.reset();
+  return ExitCodeOf(status);
+}
+
+}  // namespace headstart

@@ -1,0 +1,83 @@
+#include "server/rpc/call_metadata.h"
+
+#include <algorithm>
+#include <chrono>
+
+#include "absl/random/random.h"
+#include "absl/strings/ascii.h"
+#include "absl/strings/str_format.h"
+#include "absl/time/clock.h"
+#include "kernels/base/status_macros.h"
+#include "server/error.h"
+#include "server/rpc/convert.h"
+
+namespace headstart {
+namespace {
+
+std::string Metadata(const grpc::ServerContextBase& call, const char* key) {
+  const auto found = call.client_metadata().find(key);
+  if (found == call.client_metadata().end()) return "";
+  return std::string(found->second.data(), found->second.size());
+}
+
+bool IsLowerHex(absl::string_view text) {
+  return std::all_of(text.begin(), text.end(),
+                     [](char c) { return absl::ascii_isdigit(c) || (c >= 'a' && c <= 'f'); });
+}
+
+}  // namespace
+
+absl::Status CheckPeer(const grpc::ServerContextBase& call, const ServerTlsOptions& tls) {
+  if (tls.allowed_sans.empty()) return absl::OkStatus();
+  for (const grpc::string_ref& name :
+       call.auth_context()->FindPropertyValues("x509_subject_alternative_name")) {
+    const std::string san(name.data(), name.size());
+    if (std::find(tls.allowed_sans.begin(), tls.allowed_sans.end(), san) !=
+        tls.allowed_sans.end()) {
+      return absl::OkStatus();
+    }
+  }
+  return MakeError(absl::StatusCode::kPermissionDenied, ErrorReason::kPeerNotAllowed,
+                   "the client's certificate carries no allowed subject alternative name");
+}
+
+absl::StatusOr<std::string> ChooseRequestId(const std::string& from_message,
+                                            const grpc::ServerContextBase& call) {
+  std::string id = from_message.empty() ? Metadata(call, "x-request-id") : from_message;
+  if (id.empty()) {
+    absl::InsecureBitGen random;
+    return absl::StrFormat("%016x", absl::Uniform<uint64_t>(random));
+  }
+  HEADSTART_RETURN_IF_ERROR(CheckRequestId(id));
+  return id;
+}
+
+std::string TraceId(const grpc::ServerContextBase& call) {
+  return ParseTraceParent(Metadata(call, "traceparent"));
+}
+
+// version "-" trace id "-" parent id "-" flags: 00-4bf9…-00f0…-01
+std::string ParseTraceParent(const std::string& text) {
+  constexpr size_t kLength = 55, kTraceBegin = 3, kTraceLength = 32, kParentBegin = 36,
+                   kParentLength = 16, kFlagsBegin = 53;
+  if (text.size() != kLength || text.compare(0, kTraceBegin, "00-") != 0 ||
+      text[kParentBegin - 1] != '-' || text[kFlagsBegin - 1] != '-') {
+    return "";
+  }
+  const std::string trace = text.substr(kTraceBegin, kTraceLength);
+  const std::string parent = text.substr(kParentBegin, kParentLength);
+  const bool good = IsLowerHex(trace) && IsLowerHex(parent) &&
+                    IsLowerHex(text.substr(kFlagsBegin)) &&
+                    trace.find_first_not_of('0') != std::string::npos &&
+                    parent.find_first_not_of('0') != std::string::npos;
+  return good ? trace : "";
+}
+
+absl::Time EffectiveDeadline(const grpc::ServerContextBase& call, const ServerOptions& options) {
+  const absl::Time now = absl::Now();
+  const std::chrono::system_clock::time_point client = call.deadline();
+  if (client == std::chrono::system_clock::time_point::max()) return now + options.default_deadline;
+  return std::min(absl::FromChrono(client), now + options.max_deadline);
+}
+
+}  // namespace headstart

@@ -1,0 +1,34 @@
+// headstart.v1.PrefillService: hands calls to those who do the work.
+#pragma once
+
+#include "headstart/v1/prefill.grpc.pb.h"
+#include "server/rpc/service_context.h"
+
+namespace headstart {
+
+// Requests arrive as raw bytes, so that malformed ones get INVALID_ARGUMENT; the generated methods
+// would answer UNIMPLEMENTED.
+class PrefillService final
+    : public v1::PrefillService::WithRawCallbackMethod_GetModelInfo<
+          v1::PrefillService::WithRawCallbackMethod_GetServerInfo<v1::PrefillService::Service>> {
+ public:
+  // `context` outlives the service.
+  explicit PrefillService(ServiceContext* context);
+
+  grpc::ServerUnaryReactor* GetModelInfo(grpc::CallbackServerContext* call,
+                                         const grpc::ByteBuffer* request,
+                                         grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* GetServerInfo(grpc::CallbackServerContext* call,
+                                          const grpc::ByteBuffer* request,
+                                          grpc::ByteBuffer* response) override;
+
+ private:
+  absl::Status DescribeModel(const grpc::CallbackServerContext& call,
+                             const grpc::ByteBuffer& request, grpc::ByteBuffer* response) const;
+  absl::Status DescribeServer(const grpc::CallbackServerContext& call,
+                              const grpc::ByteBuffer& request, grpc::ByteBuffer* response) const;
+
+  ServiceContext& context_;
+};
+
+}  // namespace headstart

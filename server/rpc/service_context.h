@@ -1,0 +1,30 @@
+// What all calls of a server share.
+#pragma once
+
+#include <atomic>
+#include <string>
+
+#include "server/admission.h"
+#include "server/ops/metrics.h"
+#include "server/options.h"
+#include "server/prefill_worker.h"
+#include "server/rpc/convert.h"
+#include "server/rpc/timer.h"
+
+namespace headstart {
+
+// Everything here outlives every call.
+struct ServiceContext {
+  const ServerOptions* options = nullptr;
+  std::string model_name;
+  Admission* admission = nullptr;
+  PrefillWorker* worker = nullptr;
+  Timer* timer = nullptr;
+  Metrics* metrics = nullptr;
+  // Null until the model is loaded; set before the admission opens.
+  std::atomic<const ServedModel*> model{nullptr};
+  // Set before the server cancels what is left at the end of a drain.
+  std::atomic<bool> cancelling_all{false};
+};
+
+}  // namespace headstart
