@@ -92,7 +92,7 @@ void SetForcedCounts(const ProxyAttnOptions& options, BlockSelection& selection)
 
 void SetRowCounts(const ProxyAttnOptions& options, int32_t proxy, int64_t m, int64_t wanted,
                   BlockSelection& selection) {
-  const int32_t heads = selection.num_heads / selection.num_proxies;
+  const int64_t heads = selection.num_heads / selection.num_proxies;
   const int64_t count = std::min(m + 1, std::max(wanted, NumBlocks(options.floor_tokens)));
   for (int64_t h = proxy * heads; h < (proxy + 1) * heads; ++h) {
     selection.counts[h * selection.num_rows + m - selection.first_row] =

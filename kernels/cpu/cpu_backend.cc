@@ -328,7 +328,7 @@ absl::Status CpuBackend::ReadKv(const KvPages& kv, int64_t token_begin, int64_t 
   const int64_t blocks = NumBlocks(token_count);
   std::atomic<bool> finite{true};
   // One index is one page of one head of K or V.
-  ParallelFor(num_threads_, 2 * kv.shape.num_kv_heads * blocks, [&](int64_t i, int32_t) {
+  ParallelFor(num_threads_, int64_t{2} * kv.shape.num_kv_heads * blocks, [&](int64_t i, int32_t) {
     const int64_t head =
         i / blocks;  // K heads, then V heads: planes follow each other on both sides
     const int64_t token = i % blocks * kBlockTokens;

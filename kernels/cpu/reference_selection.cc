@@ -214,7 +214,7 @@ ProxyScores ScoreBlocks(const SelectionInput& input, const ProxyAttnOptions& opt
   scores.mass.assign(g * layout.RankingStride(), 0);
   for (int32_t p = 0; p < g; ++p) {
     for (int64_t i = 0; i < q.rows; ++i) {
-      const auto log_p = LogSoftmax(q.Row(i) + p * shape.head_dim, k, p / (g / key_groups),
+      const auto log_p = LogSoftmax(q.Row(i) + int64_t{p} * shape.head_dim, k, p / (g / key_groups),
                                     shape.head_dim, first_sample + i + 1);
       const int64_t first_of_row = i / per_block * per_block;
       const auto row_samples = static_cast<double>(std::min(per_block, q.rows - first_of_row));
@@ -239,7 +239,7 @@ std::vector<double> LastRowMass(const SelectionInput& input) {
   for (int32_t h = 0; h < shape.num_heads; ++h) {
     for (int64_t i = first_query; i < input.q.rows; ++i) {
       const int64_t num_keys = input.first_position + i + 1;
-      const auto log_p = LogSoftmax(input.q.Row(i) + h * shape.head_dim, input.k,
+      const auto log_p = LogSoftmax(input.q.Row(i) + int64_t{h} * shape.head_dim, input.k,
                                     h / shape.group_size(), shape.head_dim, num_keys);
       for (int64_t u = 0; u < num_keys; ++u) {
         mass[h * num_blocks + u / kBlockTokens] += std::exp(log_p[u]) / num_queries;

@@ -20,7 +20,7 @@ void SelectionRun::PackSamplePage(int32_t group, int64_t page,
   const int64_t first = page * kBlockTokens;
   const int64_t count = std::min(kBlockTokens, c_.num_samples - first);
   for (int64_t i = 0; i < count; ++i) {
-    kernels_.selection.pool(c_.Key((first + i) * c_.options.stride, group * heads), heads,
+    kernels_.selection.pool(c_.Key((first + i) * c_.options.stride, int64_t{group} * heads), heads,
                             kBlockTokens * head_dim, head_dim,
                             memory.rows + i * head_dim * DTypeBytes(c_.args.kv.dtype));
   }
@@ -58,8 +58,8 @@ void SelectionRun::ScoreRow(int32_t proxy, int64_t m, const SelectionThreadMemor
   const int64_t first = m * c_.samples_per_block;
   const int64_t count = std::min(c_.samples_per_block, c_.num_samples - first);
   for (int64_t i = 0; i < count; ++i) {
-    kernels_.selection.pool(c_.Query((first + i) * c_.options.stride, proxy * heads), heads,
-                            head_dim, head_dim,
+    kernels_.selection.pool(c_.Query((first + i) * c_.options.stride, int64_t{proxy} * heads),
+                            heads, head_dim, head_dim,
                             memory.rows + i * head_dim * DTypeBytes(c_.args.q.dtype));
   }
   kernels_.selection.pack_q(memory.rows, head_dim, count, head_dim, memory.packed_q);

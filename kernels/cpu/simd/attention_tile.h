@@ -78,7 +78,7 @@ inline void MultiplyPanel(const float* a, const float* b, int64_t steps, F32 (&a
   for (int64_t s = 0; s < steps; ++s) {
     F32 column[kCols];
 #pragma GCC unroll 2
-    for (int c = 0; c < kCols; ++c) column[c] = Load(b + s * kPanel + c * kLanes);
+    for (int64_t c = 0; c < kCols; ++c) column[c] = Load(b + s * kPanel + c * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const F32 lane = BroadcastBits(a + r * kRowLanes + s * kStepLanes);
@@ -180,9 +180,10 @@ void PackQ(const TileArgs& args, float* q) {
   const int64_t stride_bytes = args.q_stride * int64_t{sizeof(typename Math::Element)};
   TransposeRows(static_cast<const char*>(args.q), stride_bytes, args.num_rows, steps,
                 [&](int64_t row, int64_t s, F32 lanes) {
-                  for (int r = 0; r < kLanes && row + r < args.num_rows; r += kRows) {
+                  for (int64_t r = 0; r < kLanes && row + r < args.num_rows; r += kRows) {
                     std::memcpy(q + ((row + r) / kRows * steps + s) * kRows,
-                                reinterpret_cast<const char*>(&lanes) + r * 4, kRows * 4);
+                                reinterpret_cast<const char*>(&lanes) + r * 4,
+                                sizeof(float) * kRows);
                   }
                 });
 }
@@ -197,7 +198,9 @@ void Scores(const float* q, const float* packed_k, int64_t head_dim, int64_t col
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-      for (int c = 0; c < kCols; ++c) Store(acc[r][c], s + r * kBlockTokens + key + c * kLanes);
+      for (int64_t c = 0; c < kCols; ++c) {
+        Store(acc[r][c], s + r * kBlockTokens + key + c * kLanes);
+      }
     }
   }
 }
@@ -278,13 +281,13 @@ void AddValues(const float* p, const float* packed_v, int64_t cols, float* out, 
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-      for (int c = 0; c < kCols; ++c) acc[r][c] = Load(out + r * out_cols + i + c * kLanes);
+      for (int64_t c = 0; c < kCols; ++c) acc[r][c] = Load(out + r * out_cols + i + c * kLanes);
     }
     MultiplyPanel<Math, kPLanes, 1>(p, packed_v + i * kPLanes, cols / Math::kPair, acc);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-      for (int c = 0; c < kCols; ++c) Store(acc[r][c], out + r * out_cols + i + c * kLanes);
+      for (int64_t c = 0; c < kCols; ++c) Store(acc[r][c], out + r * out_cols + i + c * kLanes);
     }
   }
 }

@@ -18,11 +18,11 @@ template <int kBlockKeys>
 inline void RowStats(const float* s, int64_t num_keys, float scale, float* max, float* sum) {
   constexpr int kGroup = kBlockKeys < kLanes ? kBlockKeys : kLanes;
   constexpr int kVectors = kBlockKeys / kGroup;
-  constexpr int kBlocks = kLanes / kGroup;  // in one vector
+  constexpr int64_t kBlocks = kLanes / kGroup;  // in one vector
   for (int64_t key = 0; key < num_keys; key += kBlocks * kBlockKeys) {
     F32 x[kVectors];
     F32 greatest = Broadcast(kMasked);
-    for (int i = 0; i < kVectors; ++i) {
+    for (int64_t i = 0; i < kVectors; ++i) {
       x[i] = Load(s + key + i * kLanes) * scale;
       greatest = Max(x[i], greatest);
     }
