@@ -44,9 +44,10 @@ void PrefillWorker::Push(PrefillTask task) {
       const Timer::Id expiry = timer_->Schedule(job->deadline, [this, job] { Cancel(job); });
       queue_.push_back({std::move(task), expiry});
       changed_.Signal();
+      return;
     }
   }
-  if (!refused.ok()) task.done(refused);
+  task.done(refused);
 }
 
 void PrefillWorker::Cancel(const PrefillJob* job) {

@@ -10,7 +10,7 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
+#include <system_error>
 
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
@@ -31,7 +31,7 @@ bool OutOfDescriptors(int error) {
 int OpenReserve() { return open("/dev/null", O_RDONLY | O_CLOEXEC); }
 
 absl::Status ErrnoError(absl::string_view what) {
-  return absl::UnavailableError(absl::StrCat(what, ": ", strerror(errno)));
+  return absl::UnavailableError(absl::StrCat(what, ": ", std::generic_category().message(errno)));
 }
 
 // Where a connection to `local` goes when that is a wildcard.

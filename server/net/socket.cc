@@ -7,8 +7,8 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstring>
 #include <memory>
+#include <system_error>
 
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
@@ -77,7 +77,7 @@ absl::StatusOr<int> ListenOn(const HostPort& address) {
   if (error != 0) return ListenError(address, gai_strerror(error));
   const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> owner(infos, freeaddrinfo);
   const int fd = TryListen(*infos);
-  if (fd < 0) return ListenError(address, strerror(errno));
+  if (fd < 0) return ListenError(address, std::generic_category().message(errno));
   return fd;
 }
 

@@ -3,7 +3,7 @@
 #include <httplib.h>
 
 #include <cerrno>
-#include <cstring>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -92,9 +92,9 @@ absl::StatusOr<std::unique_ptr<AdminServer>> AdminServer::Start(const HostPort& 
     state->port = state->http.bind_to_port(address.host, address.port) ? address.port : -1;
   }
   if (state->port < 0) {
-    return absl::UnavailableError(
-        absl::StrCat("can't listen on ", address.host, ":", address.port,
-                     " (admin): ", errno != 0 ? strerror(errno) : "unknown host"));
+    return absl::UnavailableError(absl::StrCat(
+        "can't listen on ", address.host, ":", address.port,
+        " (admin): ", errno != 0 ? std::generic_category().message(errno) : "unknown host"));
   }
   httplib::Server* http = &state->http;
   state->thread = std::thread([http] { http->listen_after_bind(); });
