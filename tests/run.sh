@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests need, builds, and runs every test that needs no GPU. Closes with ctest's summary.
+# Installs what the tests need, checks the sources (tests/lint.sh), builds, and runs every test that needs no GPU. Closes
+# with ctest's summary.
 # usage: tests/run.sh        as root or with sudo, from any folder
 #
 # torch, transformers and the model go into HEADSTART_CACHE (~/.cache/headstart), outside the repository; builds into build/.
@@ -13,7 +14,7 @@ cd "$repo_dir"
 install_packages() {
   local packages
   mapfile -t packages <deploy/image/build_packages
-  install_apt_packages "${packages[@]}" libgtest-dev libgmock-dev openssl prometheus python3
+  install_apt_packages "${packages[@]}" clang-format-14 clang-tidy-14 libgtest-dev libgmock-dev openssl prometheus python3
 }
 
 # Prints the Python of the tests: tests/requirements.txt and the client package as it is now.
@@ -65,6 +66,7 @@ main() {
   (ensure_venv tools "$repo_dir/deploy/requirements.txt") >/dev/null
   deploy/models/fetch_smollm2.sh >/dev/null
 
+  tests/lint.sh || failed+=(lint)
   local cuda
   mapfile -t cuda < <(cuda_options "$python")
   build cuda headstart_cuda_kernels "${cuda[@]}"
@@ -74,7 +76,7 @@ main() {
   run_tests asan -L e2e -LE python || failed+=(asan)
   build cpu all -DHEADSTART_TEST_PYTHON="$python"
   run_tests cpu -j 2 || failed+=(cpu)
-  [[ ${#failed[@]} -eq 0 ]] || die "tests failed in: ${failed[*]}"
+  [[ ${#failed[@]} -eq 0 ]] || die "failed: ${failed[*]}"
 }
 
 main "$@"
