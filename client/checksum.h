@@ -7,7 +7,6 @@
 
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
-#include "headstart/v1/prefill.pb.h"
 
 namespace headstart {
 
@@ -17,9 +16,6 @@ uint32_t ExtendCrc32c(uint32_t crc, absl::string_view bytes);
 // CRC-32C of the 24 bytes that stand for a chunk's header: index, layer, token_begin, token_count,
 // kv_head_begin, kv_head_count.
 uint32_t ChunkHeaderCrc32c(const uint32_t (&fields)[6]);
-
-// What `completed.crc32c()` must be.
-uint32_t ExpectedCrc32c(const v1::Completed& completed);
 
 // 32 bytes: SHA-256 over the ids as consecutive little-endian uint32.
 std::string TokenHash(absl::Span<const uint32_t> token_ids);

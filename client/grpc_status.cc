@@ -5,7 +5,6 @@
 #include "absl/strings/cord.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
-#include "google/rpc/status.pb.h"
 
 namespace headstart {
 namespace {
@@ -30,6 +29,18 @@ absl::Status ToAbslStatus(const grpc::Status& status) {
   if (!rich.ParseFromString(status.error_details())) return result;
   for (const auto& detail : rich.details())
     result.SetPayload(detail.type_url(), absl::Cord(detail.value()));
+  return result;
+}
+
+google::rpc::Status ToRpcStatus(const absl::Status& status) {
+  google::rpc::Status result;
+  result.set_code(status.raw_code());
+  result.set_message(std::string(status.message()));
+  status.ForEachPayload([&result](absl::string_view type_url, const absl::Cord& value) {
+    google::protobuf::Any* detail = result.add_details();
+    detail->set_type_url(std::string(type_url));
+    detail->set_value(std::string(value));
+  });
   return result;
 }
 

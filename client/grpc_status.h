@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "google/rpc/error_details.pb.h"
+#include "google/rpc/status.pb.h"
 #include "grpcpp/support/status.h"
 
 namespace headstart {
@@ -14,6 +15,9 @@ namespace headstart {
 // Same code and message. Each detail becomes a payload under its type URL
 // ("type.googleapis.com/google.rpc.ErrorInfo").
 absl::Status ToAbslStatus(const grpc::Status& status);
+
+// The other way round: each payload becomes a detail.
+google::rpc::Status ToRpcStatus(const absl::Status& status);
 
 // The ErrorInfo of Headstart's own domain. A status without it was not made by the server's code:
 // gRPC made it.

@@ -7,29 +7,30 @@
 #include "absl/container/flat_hash_set.h"
 #include "absl/numeric/int128.h"
 #include "absl/strings/str_cat.h"
+#include "kernels/base/status_macros.h"
 
 namespace headstart {
 namespace {
 
-// Bytes from a plane's base to the end of its last row, without overflow.
-absl::int128 ReachedBytes(const KvDestination& destination, const KvShape& shape,
-                          int64_t num_pages) {
-  const KvStrides& strides = destination.strides;
-  const int64_t tokens = std::min(destination.page_tokens, shape.num_tokens);
-  const int64_t last_page =
-      *std::max_element(destination.page_table.begin(), destination.page_table.begin() + num_pages);
-  return absl::int128(last_page) * strides.page +
-         absl::int128(shape.num_kv_heads - 1) * strides.head +
-         absl::int128(tokens - 1) * strides.token + shape.row_bytes();
+// Indices into page_table of the pages that are written.
+struct PageRange {
+  int64_t begin = 0;
+  int64_t end = 0;
+};
+
+PageRange WrittenPages(const KvDestination& destination, const KvShape& shape) {
+  const int64_t first = shape.token_begin - destination.token_begin;
+  return {.begin = first / destination.page_tokens,
+          .end = (first + shape.num_tokens - 1) / destination.page_tokens + 1};
 }
 
-absl::Status CheckPageTable(const KvDestination& destination, int64_t num_pages) {
-  if (static_cast<int64_t>(destination.page_table.size()) < num_pages) {
+absl::Status CheckPageTable(const KvDestination& destination, const PageRange& pages) {
+  if (static_cast<int64_t>(destination.page_table.size()) < pages.end) {
     return absl::InvalidArgumentError(absl::StrCat("page_table has ", destination.page_table.size(),
-                                                   " pages, the prompt needs ", num_pages));
+                                                   " pages, the prompt needs ", pages.end));
   }
   absl::flat_hash_set<int32_t> seen;
-  for (int64_t i = 0; i < num_pages; ++i) {
+  for (int64_t i = pages.begin; i < pages.end; ++i) {
     const int32_t page = destination.page_table[i];
     if (page < 0)
       return absl::InvalidArgumentError(absl::StrCat("page_table[", i, "]=", page, " is negative"));
@@ -39,6 +40,19 @@ absl::Status CheckPageTable(const KvDestination& destination, int64_t num_pages)
     }
   }
   return absl::OkStatus();
+}
+
+// Bytes from a plane's base to the end of the furthest row that may be written, without overflow.
+absl::int128 ReachedBytes(const KvDestination& destination, const KvShape& shape,
+                          const PageRange& pages) {
+  const KvStrides& strides = destination.strides;
+  const int64_t slots =
+      std::min(destination.page_tokens, shape.token_end() - destination.token_begin);
+  const auto table = destination.page_table.begin();
+  const int64_t last_page = *std::max_element(table + pages.begin, table + pages.end);
+  return absl::int128(last_page) * strides.page +
+         absl::int128(shape.num_kv_heads - 1) * strides.head +
+         absl::int128(slots - 1) * strides.token + shape.row_bytes();
 }
 
 }  // namespace
@@ -60,7 +74,8 @@ absl::StatusOr<KvDestination> ContiguousKv(const KvShape& shape, absl::Span<std:
                             .plane_bytes = plane,
                             .page_tokens = shape.num_tokens,
                             .page_table = {0},
-                            .strides = PackedStrides(shape, PageLayout::kHnd, shape.num_tokens)};
+                            .strides = PackedStrides(shape, PageLayout::kHnd, shape.num_tokens),
+                            .token_begin = shape.token_begin};
   destination.layers.reserve(shape.num_layers);
   for (int64_t l = 0; l < shape.num_layers; ++l) {
     std::byte* layer = memory.data() + 2 * l * plane;
@@ -95,9 +110,14 @@ absl::Status CheckDestination(const KvDestination& destination, const KvShape& s
         "page_tokens=", destination.page_tokens, ", strides {", strides.page, ", ", strides.head,
         ", ", strides.token, "} can't hold rows of ", shape.row_bytes(), " bytes"));
   }
-  const int64_t num_pages = (shape.num_tokens - 1) / destination.page_tokens + 1;
-  if (absl::Status status = CheckPageTable(destination, num_pages); !status.ok()) return status;
-  if (ReachedBytes(destination, shape, num_pages) > destination.plane_bytes) {
+  if (destination.token_begin < 0 || destination.token_begin > shape.token_begin) {
+    return absl::InvalidArgumentError(absl::StrCat("token_begin=", destination.token_begin,
+                                                   ", but the KV comes from token ",
+                                                   shape.token_begin, " on"));
+  }
+  const PageRange pages = WrittenPages(destination, shape);
+  HEADSTART_RETURN_IF_ERROR(CheckPageTable(destination, pages));
+  if (ReachedBytes(destination, shape, pages) > destination.plane_bytes) {
     return absl::InvalidArgumentError(
         absl::StrCat("the KV would be written beyond plane_bytes=", destination.plane_bytes));
   }
@@ -106,36 +126,59 @@ absl::Status CheckDestination(const KvDestination& destination, const KvShape& s
 
 ChunkScatter::ChunkScatter(const KvDestination& destination, const KvShape& shape,
                            const KvRange& range)
-    : destination_(destination), range_(range), row_bytes_(shape.row_bytes()) {}
+    : destination_(destination),
+      shape_(shape),
+      range_(range),
+      token_(range.token_begin),
+      page_begin_(range.token_begin) {}
 
-void ChunkScatter::NextRun() {
+void ChunkScatter::NextRuns() {
   const KvStrides& strides = destination_.strides;
-  const int64_t token = range_.token_begin + token_;
-  const int64_t slot = token % destination_.page_tokens;
   const KvDestination::Layer& layer = destination_.layers[range_.layer];
-  run_ = (plane_ == 0 ? layer.k : layer.v) +
-         destination_.page_table[token / destination_.page_tokens] * strides.page +
-         (range_.head_begin + head_) * strides.head + slot * strides.token;
-  const bool rows_touch = strides.token == row_bytes_;
-  const int64_t tokens =
-      rows_touch ? std::min(range_.token_count - token_, destination_.page_tokens - slot) : 1;
-  run_bytes_ = tokens * row_bytes_;
+  const int64_t slot = (token_ - destination_.token_begin) % destination_.page_tokens;
+  const int64_t page = (token_ - destination_.token_begin) / destination_.page_tokens;
+  run_ = (plane_ == 0 ? layer.k : layer.v) + destination_.page_table[page] * strides.page +
+         head_ * strides.head + slot * strides.token;
+  const int64_t page_end =
+      std::min((page_begin_ / shape_.block_tokens + 1) * shape_.block_tokens, range_.token_end());
+  const int64_t tokens = std::min(page_end - token_, destination_.page_tokens - slot);
+  const bool rows_touch = strides.token == shape_.row_bytes();
+  num_runs_ = rows_touch ? 1 : tokens;
+  run_bytes_ = (rows_touch ? tokens : 1) * shape_.row_bytes();
   token_ += tokens;
-  if (token_ < range_.token_count) return;
-  token_ = 0;
-  if (++head_ < range_.head_count) return;
+  if (token_ < page_end) return;
+  token_ = page_begin_;
+  if (++head_ < shape_.num_kv_heads) return;
   head_ = 0;
-  ++plane_;
+  if (++plane_ < 2) return;
+  plane_ = 0;
+  token_ = page_begin_ = page_end;
 }
 
 void ChunkScatter::Write(absl::string_view piece) {
-  while (!piece.empty()) {
-    if (run_bytes_ == 0) NextRun();
-    const size_t bytes = std::min(piece.size(), static_cast<size_t>(run_bytes_));
-    std::memcpy(run_, piece.data(), bytes);
-    run_ += bytes;
-    run_bytes_ -= static_cast<int64_t>(bytes);
+  const auto take = [&piece](std::byte* to, int64_t bytes) {
+    std::memcpy(to, piece.data(), bytes);
     piece.remove_prefix(bytes);
+  };
+  while (!piece.empty()) {
+    if (rest_bytes_ > 0) {
+      const int64_t bytes = std::min<int64_t>(piece.size(), rest_bytes_);
+      take(rest_, bytes);
+      rest_ += bytes;
+      rest_bytes_ -= bytes;
+      continue;
+    }
+    if (num_runs_ == 0) NextRuns();
+    for (; num_runs_ > 0 && static_cast<int64_t>(piece.size()) >= run_bytes_; --num_runs_) {
+      take(run_, run_bytes_);
+      run_ += destination_.strides.token;
+    }
+    if (num_runs_ == 0) continue;
+    // The run that is cut by the piece's end.
+    rest_ = run_;
+    rest_bytes_ = run_bytes_;
+    run_ += destination_.strides.token;
+    --num_runs_;
   }
 }
 

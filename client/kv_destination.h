@@ -1,4 +1,5 @@
-// Memory for the KV of one prompt: contiguous or paged, in any order of heads and tokens.
+// Memory for the KV of one prompt, or of a part of it: contiguous or paged, in any order of heads
+// and tokens.
 #pragma once
 
 #include <cstddef>
@@ -13,15 +14,20 @@
 
 namespace headstart {
 
-// What a manifest promises.
+// The KV that comes: of all layers and heads, or of those of a part.
 struct KvShape {
   int64_t num_layers = 0;
   int64_t num_kv_heads = 0;
   int64_t head_dim = 0;
   int64_t num_tokens = 0;
   int64_t element_bytes = 0;
+  int64_t token_begin = 0;   // the first token that comes: the request's skip_tokens
+  int64_t block_tokens = 0;  // of a KV page on the wire
 
+  int64_t token_end() const { return token_begin + num_tokens; }
   int64_t row_bytes() const { return head_dim * element_bytes; }
+  // K and V of one token in one layer.
+  int64_t token_bytes() const { return 2 * num_kv_heads * row_bytes(); }
   // K or V of one layer.
   int64_t plane_bytes() const { return num_kv_heads * num_tokens * row_bytes(); }
   int64_t total_bytes() const { return 2 * num_layers * plane_bytes(); }
@@ -34,10 +40,11 @@ struct KvStrides {
   int64_t token = 0;
 };
 
-// The row of (head h, token t) of K starts at
-//   layers[l].k + page_table[t / page_tokens] * strides.page + h * strides.head + (t % page_tokens)
-//   * strides.token
-// and V's the same way from layers[l].v. The memory is the caller's.
+// With t' = t - token_begin, the row of (head h, token t) of K starts at
+//   layers[l].k + page_table[t' / page_tokens] * strides.page + h * strides.head
+//   + (t' % page_tokens) * strides.token
+// and V's the same way from layers[l].v. Layers and heads count from the first one of the part,
+// tokens from the beginning of the prompt. The memory is the caller's.
 struct KvDestination {
   struct Layer {
     std::byte* k = nullptr;
@@ -48,6 +55,9 @@ struct KvDestination {
   int64_t page_tokens = 0;
   std::vector<int32_t> page_table;
   KvStrides strides;
+  // The token in the first slot of page_table[0]; not behind the first one that comes. Pages that
+  // hold only tokens before that are not looked at.
+  int64_t token_begin = 0;
 };
 
 enum class PageLayout : uint8_t { kHnd, kNhd };  // [heads][tokens][dim], [tokens][heads][dim]
@@ -74,18 +84,18 @@ absl::StatusOr<KvBuffer> AllocateKv(const KvShape& shape);
 // a field makes no sense. Whether rows overlap through small strides is the caller's business.
 absl::Status CheckDestination(const KvDestination& destination, const KvShape& shape);
 
-// A part of one layer, as a chunk carries it.
+// What a chunk carries: all heads of some tokens. `layer` counts from the first one of the part.
 struct KvRange {
   int64_t layer = 0;
-  int64_t head_begin = 0;
-  int64_t head_count = 0;
   int64_t token_begin = 0;
   int64_t token_count = 0;
+
+  int64_t token_end() const { return token_begin + token_count; }
 };
 
-// Spreads the bytes of one chunk, K then V, each [heads][tokens][head_dim], over a destination. The
-// bytes may come in pieces of any size. The destination was checked, the range lies inside the
-// shape, and both outlive this object.
+// Spreads the bytes of one chunk over a destination: page after page of the wire, each K, then V,
+// each [heads][tokens of the page][head_dim]. The bytes may come in pieces of any size. The
+// destination was checked, the range lies inside the shape, and both outlive this object.
 class ChunkScatter {
  public:
   ChunkScatter(const KvDestination& destination, const KvShape& shape, const KvRange& range);
@@ -94,18 +104,26 @@ class ChunkScatter {
   void Write(absl::string_view piece);
 
  private:
-  void NextRun();
+  // Goes on to the tokens that share a page of the wire and one of the destination.
+  void NextRuns();
 
   const KvDestination& destination_;
+  const KvShape& shape_;
   const KvRange range_;
-  const int64_t row_bytes_;
-  // Where the next run starts.
-  int64_t plane_ = 0;  // 0: K, 1: V
-  int64_t head_ = 0;   // relative to the range, as is token_
-  int64_t token_ = 0;
-  // What is left of the run being written.
+  // What NextRuns begins with: K (0) or V (1), head and token; the page of the wire starts at
+  // page_begin_.
+  int64_t plane_ = 0;
+  int64_t head_ = 0;
+  int64_t token_;
+  int64_t page_begin_;
+  // A run is a stretch of bytes that lie side by side here and there: a row, or where rows touch
+  // many of them. `num_runs_` of `run_bytes_` each have not begun, the next one at `run_`.
   std::byte* run_ = nullptr;
+  int64_t num_runs_ = 0;
   int64_t run_bytes_ = 0;
+  // What is left of the run that has begun.
+  std::byte* rest_ = nullptr;
+  int64_t rest_bytes_ = 0;
 };
 
 }  // namespace headstart

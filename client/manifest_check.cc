@@ -5,6 +5,7 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "google/protobuf/util/message_differencer.h"
+#include "kernels/base/status_macros.h"
 
 namespace headstart {
 namespace {
@@ -20,19 +21,6 @@ absl::Status CheckRange(const char* field, uint32_t value, uint32_t limit) {
       absl::StrCat("manifest: ", field, "=", value, " is not in [1, ", limit, "]"));
 }
 
-absl::Status CheckLayout(const v1::KvLayout& layout) {
-  if (absl::Status s = CheckRange("num_layers", layout.num_layers(), kMaxLayers); !s.ok()) return s;
-  if (absl::Status s = CheckRange("num_kv_heads", layout.num_kv_heads(), kMaxKvHeads); !s.ok())
-    return s;
-  if (absl::Status s = CheckRange("head_dim", layout.head_dim(), kMaxHeadDim); !s.ok()) return s;
-  if (absl::Status s = CheckRange("block_tokens", layout.block_tokens(), INT32_MAX); !s.ok())
-    return s;
-  if (KvDtypeBytes(layout.dtype()) == 0) {
-    return absl::DataLossError(absl::StrCat("manifest: dtype=", layout.dtype(), " is unknown"));
-  }
-  return absl::OkStatus();
-}
-
 template <typename T>
 absl::Status CheckEqual(const char* field, const T& got, const T& expected) {
   if (expected == T() || got == expected) return absl::OkStatus();
@@ -41,27 +29,27 @@ absl::Status CheckEqual(const char* field, const T& got, const T& expected) {
 
 }  // namespace
 
-absl::StatusOr<KvShape> CheckedShape(const v1::KvManifest& manifest, int64_t max_kv_bytes) {
+int64_t KvDtypeBytes(v1::KvDtype dtype) {
+  switch (dtype) {
+    case v1::KV_DTYPE_BF16:
+    case v1::KV_DTYPE_F16:
+      return 2;
+    case v1::KV_DTYPE_F32:
+      return 4;
+    default:
+      return 0;
+  }
+}
+
+absl::Status CheckLayout(const v1::KvManifest& manifest) {
   const v1::KvLayout& layout = manifest.layout();
-  if (absl::Status status = CheckLayout(layout); !status.ok()) return status;
-  if (absl::Status status = CheckRange("num_tokens", manifest.num_tokens(), INT32_MAX);
-      !status.ok()) {
-    return status;
-  }
-  const KvShape shape{.num_layers = layout.num_layers(),
-                      .num_kv_heads = layout.num_kv_heads(),
-                      .head_dim = layout.head_dim(),
-                      .num_tokens = manifest.num_tokens(),
-                      .element_bytes = KvDtypeBytes(layout.dtype())};
-  // At most 2^10 layers, 2^10 heads, 2^16 elements of 4 bytes: the bytes of one token fit by far.
-  const int64_t token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.row_bytes();
-  // NOLINTNEXTLINE(clang-analyzer-core.DivideZero): CheckLayout lets no zero through
-  if (shape.num_tokens > max_kv_bytes / token_bytes) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("the KV of ", shape.num_tokens, " tokens at ", token_bytes,
-                     " bytes is more than max_kv_bytes=", max_kv_bytes));
-  }
-  return shape;
+  HEADSTART_RETURN_IF_ERROR(CheckRange("num_layers", layout.num_layers(), kMaxLayers));
+  HEADSTART_RETURN_IF_ERROR(CheckRange("num_kv_heads", layout.num_kv_heads(), kMaxKvHeads));
+  HEADSTART_RETURN_IF_ERROR(CheckRange("head_dim", layout.head_dim(), kMaxHeadDim));
+  HEADSTART_RETURN_IF_ERROR(CheckRange("block_tokens", layout.block_tokens(), INT32_MAX));
+  HEADSTART_RETURN_IF_ERROR(CheckRange("num_tokens", manifest.num_tokens(), INT32_MAX));
+  if (KvDtypeBytes(layout.dtype()) > 0) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat("manifest: dtype=", layout.dtype(), " is unknown"));
 }
 
 absl::Status CheckExpectation(const v1::KvManifest& manifest, const KvExpectation& expected) {
@@ -85,6 +73,37 @@ absl::Status CheckExpectation(const v1::KvManifest& manifest, const KvExpectatio
         absl::StrCat("manifest: attention algorithm=", algorithm, ", the request asked for dense"));
   }
   return absl::OkStatus();
+}
+
+absl::StatusOr<v1::KvPart> WholeRanges(v1::KvPart part, const v1::KvLayout& layout) {
+  if (part.layer_begin() >= layout.num_layers() || part.kv_head_begin() >= layout.num_kv_heads() ||
+      part.layer_count() > layout.num_layers() - part.layer_begin() ||
+      part.kv_head_count() > layout.num_kv_heads() - part.kv_head_begin()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("part: ", part.layer_count(), " layers from ", part.layer_begin(), " on, ",
+                     part.kv_head_count(), " KV heads from ", part.kv_head_begin(), " on; of ",
+                     layout.num_layers(), " layers and ", layout.num_kv_heads(), " heads"));
+  }
+  if (part.layer_count() == 0) part.set_layer_count(layout.num_layers() - part.layer_begin());
+  if (part.kv_head_count() == 0)
+    part.set_kv_head_count(layout.num_kv_heads() - part.kv_head_begin());
+  return part;
+}
+
+absl::StatusOr<KvShape> ShapeOfPart(const v1::KvManifest& manifest, const v1::KvPart& part,
+                                    int64_t skip_tokens) {
+  if (skip_tokens >= manifest.num_tokens()) {
+    return absl::DataLossError(absl::StrCat("manifest: num_tokens=", manifest.num_tokens(),
+                                            ", but the request skips ", skip_tokens));
+  }
+  const v1::KvLayout& layout = manifest.layout();
+  return KvShape{.num_layers = part.layer_count(),
+                 .num_kv_heads = part.kv_head_count(),
+                 .head_dim = layout.head_dim(),
+                 .num_tokens = manifest.num_tokens() - skip_tokens,
+                 .element_bytes = KvDtypeBytes(layout.dtype()),
+                 .token_begin = skip_tokens,
+                 .block_tokens = layout.block_tokens()};
 }
 
 absl::Status CheckFinalManifest(const v1::KvManifest& first, const v1::KvManifest& last) {

@@ -1,20 +1,33 @@
 // Checks of a manifest, before anything relies on its numbers.
 #pragma once
 
+#include <cstdint>
+
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "client/kv_assembly.h"
 #include "client/kv_destination.h"
-#include "client/kv_receiver.h"
 #include "headstart/v1/prefill.pb.h"
 
 namespace headstart {
 
-// The shape that the manifest promises, its sizes proven to be in range. DATA_LOSS when it makes no
-// sense; RESOURCE_EXHAUSTED when the KV is larger than max_kv_bytes.
-absl::StatusOr<KvShape> CheckedShape(const v1::KvManifest& manifest, int64_t max_kv_bytes);
+// Bytes of an element; 0 for a value that names no type.
+int64_t KvDtypeBytes(v1::KvDtype dtype);
+
+// DATA_LOSS when the layout makes no sense. What passes is so small that the bytes of a token of
+// the whole model can be computed without overflow.
+absl::Status CheckLayout(const v1::KvManifest& manifest);
 
 // DATA_LOSS names the first field that is not what was expected.
 absl::Status CheckExpectation(const v1::KvManifest& manifest, const KvExpectation& expected);
+
+// The part with its counts filled in. INVALID_ARGUMENT when it reaches beyond the layout.
+absl::StatusOr<v1::KvPart> WholeRanges(v1::KvPart part, const v1::KvLayout& layout);
+
+// What comes of the part. DATA_LOSS when no token is left after the ones skipped.
+// REQUIRES: CheckLayout and WholeRanges passed.
+absl::StatusOr<KvShape> ShapeOfPart(const v1::KvManifest& manifest, const v1::KvPart& part,
+                                    int64_t skip_tokens);
 
 // `last` is what `first` was, with a density in (0, 1] for every layer.
 absl::Status CheckFinalManifest(const v1::KvManifest& first, const v1::KvManifest& last);

@@ -1,17 +1,22 @@
 #include "client/prefill_client.h"
 
 #include <algorithm>
-#include <chrono>
+#include <thread>
 #include <utility>
+#include <vector>
 
-#include "absl/random/random.h"
+#include "absl/memory/memory.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "absl/types/span.h"
-#include "client/channel.h"
 #include "client/checksum.h"
-#include "client/grpc_status.h"
-#include "client/response_stream.h"
-#include "headstart/v1/prefill.grpc.pb.h"
+#include "client/connections.h"
+#include "client/fetch_address.h"
+#include "client/part_fetch.h"
+#include "client/prefill_attempt.h"
+#include "client/retry.h"
+#include "client/unary_call.h"
+#include "kernels/base/status_macros.h"
 
 namespace headstart {
 namespace {
@@ -21,94 +26,71 @@ void ExpectAnswerTo(const v1::PrefillRequest& request, KvExpectation* expected) 
   const auto& ids = request.token_ids();
   expected->token_hash = TokenHash(absl::MakeConstSpan(ids.data(), ids.size()));
   expected->num_tokens = ids.size();
+  expected->skip_tokens = request.skip_tokens();
   if (!request.request_id().empty()) expected->request_id = request.request_id();
   if (!request.model().empty()) expected->model = request.model();
   if (request.kv_dtype() != v1::KV_DTYPE_UNSPECIFIED) expected->dtype = request.kv_dtype();
   if (request.attention().preset() == v1::ATTENTION_PRESET_EXACT) expected->dense = true;
 }
 
-// A stream that had begun to deliver and was then ended by anything but the server's own word, the
-// caller or the clock is broken: what came is incomplete and nobody vouches for it.
-absl::Status StatusAfterChunks(absl::Status status, int64_t num_chunks) {
-  const bool vouched = ErrorInfoOf(status).has_value() || absl::IsCancelled(status) ||
-                       absl::IsDeadlineExceeded(status);
-  if (vouched || num_chunks == 0) return status;
-  return absl::DataLossError(
-      absl::StrCat("the stream broke after ", num_chunks, " chunks: ", status.ToString()));
-}
-
-bool MayRetry(const absl::Status& status, const RetryOptions& retry) {
-  if (absl::IsUnavailable(status)) return true;
-  return retry.when_queue_full && absl::IsResourceExhausted(status) &&
-         ErrorReasonOf(status) == "QUEUE_FULL";
-}
-
-absl::Duration RetryPause(const absl::Status& status, const RetryOptions& retry,
-                          int failed_attempts) {
-  if (const auto told = RetryDelayOf(status)) return *told;
-  absl::Duration pause = retry.initial_backoff;
-  for (int i = 1; i < failed_attempts && pause < retry.max_backoff; ++i) pause *= 2;
-  absl::BitGen random;
-  return std::min(pause, retry.max_backoff) * absl::Uniform(random, 0.8, 1.2);
-}
-
-// Notes when the receiver entered a new stage.
-void UpdateTiming(const KvReceiver& receiver, int64_t chunks_before, absl::Duration now,
-                  PrefillTiming* timing) {
-  if (receiver.num_chunks() > chunks_before) {
-    if (chunks_before == 0) timing->first_chunk = now;
-    timing->last_chunk = now;
-  } else if (receiver.completed().has_first_token()) {
-    timing->completed = now;
-  } else if (receiver.shape().num_tokens > 0) {
-    timing->manifest = now;
-  } else {
-    timing->accepted = now;
+absl::Status CheckOptions(const PrefillClientOptions& options) {
+  if (options.timeout <= absl::ZeroDuration() || options.timeout == absl::InfiniteDuration()) {
+    return absl::InvalidArgumentError("timeout must be positive and finite");
   }
+  for (const auto& [name, value] :
+       {std::pair("connections", options.connections),
+        std::pair("max_automatic_connections", options.max_automatic_connections)}) {
+    if (value < 0 || value > kMaxConnections) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(name, "=", value, " is not in [0, ", kMaxConnections, "]"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// More than any model has; bounds what a server may say.
+constexpr uint64_t kMostBytesPerToken = 1 << 30;
+
+UnaryOptions WithinTimeout(const PrefillClientOptions& options) {
+  return {.deadline = absl::Now() + options.timeout, .wait_for_ready = options.wait_for_ready};
+}
+
+absl::Time DeadlineOf(const PrefillClientOptions& options, const KvReceiverOptions& receive) {
+  return absl::Now() + (receive.timeout > absl::ZeroDuration() ? receive.timeout : options.timeout);
+}
+
+int MaxAutomaticConnections(const PrefillClientOptions& options) {
+  if (options.max_automatic_connections > 0) return options.max_automatic_connections;
+  return std::clamp(static_cast<int>(std::thread::hardware_concurrency()) / 2, 1, 8);
 }
 
 }  // namespace
 
-void CancelToken::Cancel() {
-  absl::MutexLock lock(&mutex_);
-  cancelled_ = true;
-  if (context_ != nullptr) context_->TryCancel();
+std::vector<v1::KvPart> StripesOf(const v1::KvPart& part, int count) {
+  std::vector<v1::KvPart> stripes(count, part);
+  for (int i = 0; i < count; ++i) {
+    stripes[i].set_stripe_index(i);
+    stripes[i].set_stripe_count(count);
+  }
+  return stripes;
 }
 
-bool CancelToken::cancelled() const {
-  absl::MutexLock lock(&mutex_);
-  return cancelled_;
+int AutomaticConnections(int64_t kv_bytes, int max_connections) {
+  constexpr int64_t kBytesPerConnection = 32 << 20;
+  return static_cast<int>(
+      std::clamp<int64_t>((kv_bytes - 1) / kBytesPerConnection + 1, 1, max_connections));
 }
 
-void CancelToken::Attach(grpc::ClientContext* context) {
-  absl::MutexLock lock(&mutex_);
-  context_ = context;
-  if (cancelled_ && context_ != nullptr) context_->TryCancel();
-}
+PrefillClient::PrefillClient(PrefillClientOptions options, std::unique_ptr<Connections> connections)
+    : options_(std::move(options)), connections_(std::move(connections)) {}
 
-bool CancelToken::SleepUntil(absl::Time time) const {
-  absl::MutexLock lock(&mutex_);
-  return !mutex_.AwaitWithDeadline(absl::Condition(&cancelled_), time);
-}
-
-struct PrefillClient::Attempt {
-  explicit Attempt(KvReceiverOptions options) : receiver(std::move(options)) {}
-
-  KvReceiver receiver;
-  PrefillTiming timing;
-};
-
-PrefillClient::PrefillClient(PrefillClientOptions options, std::shared_ptr<grpc::Channel> channel)
-    : options_(std::move(options)), channel_(std::move(channel)) {}
+PrefillClient::~PrefillClient() = default;
 
 absl::StatusOr<std::unique_ptr<PrefillClient>> PrefillClient::Create(
     const PrefillClientOptions& options) {
-  if (options.timeout <= absl::ZeroDuration() || options.timeout == absl::InfiniteDuration()) {
-    return absl::InvalidArgumentError("timeout must be positive and finite");
-  }
-  auto channel = MakeChannel(options);
-  if (!channel.ok()) return channel.status();
-  return absl::WrapUnique(new PrefillClient(options, *std::move(channel)));
+  HEADSTART_RETURN_IF_ERROR(CheckOptions(options));
+  HEADSTART_ASSIGN_OR_RETURN(auto connections, Connections::Create(options));
+  return absl::WrapUnique(new PrefillClient(options, std::move(connections)));
 }
 
 absl::StatusOr<PrefillOutcome> PrefillClient::Prefill(const v1::PrefillRequest& request,
@@ -117,70 +99,117 @@ absl::StatusOr<PrefillOutcome> PrefillClient::Prefill(const v1::PrefillRequest& 
   ExpectAnswerTo(request, &receive.expected);
   CancelToken never;
   CancelToken& token = cancel != nullptr ? *cancel : never;
-  const absl::Time deadline = absl::Now() + options_.timeout;
+  const absl::Time deadline = DeadlineOf(options_, receive);
   for (int attempts = 1;; ++attempts) {
-    Attempt attempt(receive);
-    const absl::Status status = RunAttempt(request, deadline, token, attempt);
+    const absl::StatusOr<int> connections = ConnectionsFor(request, deadline, token);
+    PrefillAttempt attempt(options_, *connections_, request, receive, connections.value_or(1),
+                           deadline, token);
+    const absl::Status status = connections.ok() ? attempt.Run() : connections.status();
     if (status.ok()) {
-      return PrefillOutcome{attempt.receiver.accepted(), attempt.receiver.completed(),
-                            attempt.timing, attempts};
+      PrefillOutcome outcome = attempt.Outcome();
+      outcome.attempts = attempts;
+      return outcome;
     }
-    const bool retriable = attempt.receiver.num_chunks() == 0 && MayRetry(status, options_.retry);
-    if (!retriable || attempts >= options_.retry.max_attempts) return status;
-    const absl::Duration pause = RetryPause(status, options_.retry, attempts);
-    const absl::Time next = absl::Now() + pause;
-    if (next >= deadline) return status;
-    if (options_.retry.on_retry) options_.retry.on_retry(status, pause);
-    if (!token.SleepUntil(next)) return absl::CancelledError("cancelled between two attempts");
+    if (attempt.num_chunks() > 0 || !MayRetry(status, options_.retry)) return status;
+    HEADSTART_RETURN_IF_ERROR(PauseBeforeRetry(status, attempts, options_.retry, deadline, token));
   }
 }
 
-absl::Status PrefillClient::RunAttempt(const v1::PrefillRequest& request, absl::Time deadline,
-                                       CancelToken& cancel, Attempt& attempt) const {
-  grpc::ClientContext context;
-  context.set_deadline(absl::ToChronoTime(deadline));
-  context.set_wait_for_ready(options_.wait_for_ready);
-  const absl::Time start = absl::Now();
-  cancel.Attach(&context);  // before the stream: opening it may take a connection
-  ResponseStream stream(channel_, request, &context);
-  absl::Status status;
-  grpc::ByteBuffer message;
-  while (status.ok() && stream.Read(&message)) {
-    const int64_t chunks_before = attempt.receiver.num_chunks();
-    status = attempt.receiver.OnMessage(message);
-    UpdateTiming(attempt.receiver, chunks_before, absl::Now() - start, &attempt.timing);
+absl::StatusOr<int> PrefillClient::ConnectionsFor(const v1::PrefillRequest& request,
+                                                  absl::Time deadline, CancelToken& cancel) const {
+  if (request.has_detached()) return 1;
+  if (options_.connections > 0) return options_.connections;
+  const int most = MaxAutomaticConnections(options_);
+  if (most == 1) return 1;
+  HEADSTART_ASSIGN_OR_RETURN(const int64_t token_bytes,
+                             KvBytesPerToken(request.model(), deadline, cancel));
+  const int64_t tokens = request.token_ids_size() - int64_t{request.skip_tokens()};
+  return AutomaticConnections(tokens * token_bytes, most);
+}
+
+absl::StatusOr<int64_t> PrefillClient::KvBytesPerToken(const std::string& model,
+                                                       absl::Time deadline,
+                                                       CancelToken& cancel) const {
+  {
+    absl::MutexLock lock(&mutex_);
+    const auto known = kv_bytes_per_token_.find(model);
+    if (known != kv_bytes_per_token_.end()) return known->second;
   }
-  if (!status.ok()) context.TryCancel();
-  const absl::Status end = ToAbslStatus(stream.Finish());
-  cancel.Attach(nullptr);
-  if (!status.ok()) return status;
-  if (!end.ok()) return StatusAfterChunks(end, attempt.receiver.num_chunks());
-  return attempt.receiver.OnEnd();
+  v1::GetModelInfoRequest request;
+  request.set_model(model);
+  HEADSTART_ASSIGN_OR_RETURN(
+      const v1::GetModelInfoResponse info,
+      UnaryCall(
+          connections_->main(), &v1::PrefillService::Stub::GetModelInfo, request,
+          {.deadline = deadline, .wait_for_ready = options_.wait_for_ready, .cancel = &cancel}));
+  absl::MutexLock lock(&mutex_);
+  return kv_bytes_per_token_[model] =
+             static_cast<int64_t>(std::min(info.kv_bytes_per_token(), kMostBytesPerToken));
+}
+
+absl::StatusOr<FetchOutcome> PrefillClient::Fetch(const KvLocation& location,
+                                                  const v1::KvPart& part, int num_stripes,
+                                                  KvReceiverOptions receive,
+                                                  CancelToken* cancel) const {
+  if (num_stripes < 1 || num_stripes > kMaxConnections || part.stripe_count() > 1) {
+    return absl::InvalidArgumentError(absl::StrCat("num_stripes=", num_stripes, " is not in [1, ",
+                                                   kMaxConnections,
+                                                   "], or the part is a stripe itself"));
+  }
+  HEADSTART_ASSIGN_OR_RETURN(const std::string target,
+                             FetchTarget(options_, location.fetch_address, /*peer=*/""));
+  const absl::Time deadline = DeadlineOf(options_, receive);
+  CancelToken token(cancel);
+  KvAssembly assembly(std::move(receive), part);
+  PartFetch fetch;
+  fetch.Start({.fetch_id = location.fetch_id,
+               .target = target,
+               .deadline = deadline,
+               .retry = options_.retry,
+               .cancel = &token,
+               .assembly = &assembly},
+              StripesOf(part, num_stripes), *connections_);
+  HEADSTART_RETURN_IF_ERROR(fetch.Join());
+  HEADSTART_RETURN_IF_ERROR(assembly.CheckWhole());
+  return FetchOutcome{.completed = assembly.completed(), .resumes = fetch.resumes()};
+}
+
+absl::StatusOr<std::shared_ptr<grpc::Channel>> PrefillClient::ChannelTo(
+    const KvLocation& location) const {
+  HEADSTART_ASSIGN_OR_RETURN(const std::string target,
+                             FetchTarget(options_, location.fetch_address, /*peer=*/""));
+  return connections_->ForFetch(target, 0);
+}
+
+absl::StatusOr<absl::Duration> PrefillClient::RenewLease(const KvLocation& location) const {
+  v1::RenewLeaseRequest request;
+  request.set_fetch_id(location.fetch_id);
+  HEADSTART_ASSIGN_OR_RETURN(const auto channel, ChannelTo(location));
+  HEADSTART_ASSIGN_OR_RETURN(
+      const v1::RenewLeaseResponse response,
+      UnaryCall(channel, &v1::PrefillService::Stub::RenewLease, request, WithinTimeout(options_)));
+  return absl::Seconds(response.lease().seconds()) + absl::Nanoseconds(response.lease().nanos());
+}
+
+absl::Status PrefillClient::ReleaseKv(const KvLocation& location) const {
+  v1::ReleaseKvRequest request;
+  request.set_fetch_id(location.fetch_id);
+  HEADSTART_ASSIGN_OR_RETURN(const auto channel, ChannelTo(location));
+  return UnaryCall(channel, &v1::PrefillService::Stub::ReleaseKv, request, WithinTimeout(options_))
+      .status();
 }
 
 absl::StatusOr<v1::GetModelInfoResponse> PrefillClient::GetModelInfo(
     const std::string& model) const {
-  grpc::ClientContext context;
-  context.set_deadline(absl::ToChronoTime(absl::Now() + options_.timeout));
-  context.set_wait_for_ready(options_.wait_for_ready);
   v1::GetModelInfoRequest request;
   request.set_model(model);
-  v1::GetModelInfoResponse response;
-  const grpc::Status status =
-      v1::PrefillService::NewStub(channel_)->GetModelInfo(&context, request, &response);
-  if (!status.ok()) return ToAbslStatus(status);
-  return response;
+  return UnaryCall(connections_->main(), &v1::PrefillService::Stub::GetModelInfo, request,
+                   WithinTimeout(options_));
 }
 
 absl::StatusOr<v1::GetServerInfoResponse> PrefillClient::GetServerInfo() const {
-  grpc::ClientContext context;
-  context.set_deadline(absl::ToChronoTime(absl::Now() + options_.timeout));
-  context.set_wait_for_ready(options_.wait_for_ready);
-  v1::GetServerInfoResponse response;
-  const grpc::Status status =
-      v1::PrefillService::NewStub(channel_)->GetServerInfo(&context, {}, &response);
-  if (!status.ok()) return ToAbslStatus(status);
-  return response;
+  return UnaryCall(connections_->main(), &v1::PrefillService::Stub::GetServerInfo,
+                   v1::GetServerInfoRequest(), WithinTimeout(options_));
 }
 
 }  // namespace headstart

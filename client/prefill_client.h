@@ -1,76 +1,29 @@
-// A connection to a Headstart server, for decode nodes.
+// A client of a Headstart server, for decode nodes.
 #pragma once
 
 #include <cstdint>
-#include <functional>
+#include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
-#include "client/kv_receiver.h"
+#include "client/cancel_token.h"
+#include "client/client_options.h"
+#include "client/kv_assembly.h"
 #include "headstart/v1/prefill.pb.h"
 
 namespace grpc {
 class Channel;
-class ClientContext;
 }  // namespace grpc
 
 namespace headstart {
 
-struct TlsOptions {
-  bool enabled = false;
-  std::string ca_file;    // PEM; empty: the system's authorities
-  std::string cert_file;  // PEM, both or none: mTLS
-  std::string key_file;
-  std::string server_name;  // expected in the certificate; empty: the host of the target
-};
-
-// When a call is tried again: only before its first chunk, only for UNAVAILABLE (and QUEUE_FULL
-// where wanted), and never past its deadline. The pause is what the server's RetryInfo says, else
-// it doubles from initial to max, +-20 %.
-struct RetryOptions {
-  int max_attempts = 3;
-  absl::Duration initial_backoff = absl::Milliseconds(100);
-  absl::Duration max_backoff = absl::Seconds(5);
-  bool when_queue_full = false;
-  // Told of every pause, on the calling thread: what went wrong, and how long it will be.
-  std::function<void(const absl::Status&, absl::Duration)> on_retry = nullptr;
-};
-
-struct PrefillClientOptions {
-  // As gRPC names it: host:port, dns:///name:port (all addresses take turns, health decides),
-  // ipv4:…, unix:….
-  std::string target;
-  TlsOptions tls;
-  absl::Duration timeout = absl::Seconds(120);  // of a whole call with its retries
-  bool wait_for_ready = false;                  // wait for the server to come up, until the timeout
-  absl::Duration keepalive_time = absl::Seconds(30);
-  absl::Duration keepalive_timeout = absl::Seconds(10);
-  int32_t max_message_bytes = 16 << 20;
-  RetryOptions retry;
-};
-
-// Ends a running Prefill from another thread. One token serves one call.
-class CancelToken {
- public:
-  void Cancel();
-  bool cancelled() const;
-
- private:
-  friend class PrefillClient;
-  // Attaches the context that Cancel is to reach; null detaches it.
-  void Attach(grpc::ClientContext* context);
-  // False when the token was cancelled meanwhile.
-  bool SleepUntil(absl::Time time) const;
-
-  mutable absl::Mutex mutex_;
-  bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;
-  grpc::ClientContext* context_ ABSL_GUARDED_BY(mutex_) = nullptr;
-};
+class Connections;
 
 // When things happened, counted from the start of the last attempt.
 struct PrefillTiming {
@@ -83,40 +36,87 @@ struct PrefillTiming {
 
 struct PrefillOutcome {
   v1::Accepted accepted;
-  v1::Completed completed;  // first token, manifest with densities, statistics
+  // First token, manifest with densities, statistics; num_chunks and kv_bytes of all streams.
+  v1::Completed completed;
   PrefillTiming timing;
   int attempts = 1;
+  int connections = 1;  // that the KV came on
+  int resumes = 0;      // streams that broke and went on
 };
 
-// Thread-safe; calls share one connection. Several clients have several, also to the same server.
+// Detached KV on its server, as Accepted names it.
+struct KvLocation {
+  std::string fetch_id;
+  std::string fetch_address = "";  // empty: the client's target
+};
+
+struct FetchOutcome {
+  v1::Completed completed;  // num_chunks and kv_bytes of all streams
+  int resumes = 0;
+};
+
+// Thread-safe; calls share connections. Several clients have several, also to the same server.
 class PrefillClient {
  public:
-  // INVALID_ARGUMENT: no target, or a TLS file that can't be read. Does not connect yet.
+  // INVALID_ARGUMENT: no target, a TLS file that can't be read, a number out of its range. Does not
+  // connect yet.
   static absl::StatusOr<std::unique_ptr<PrefillClient>> Create(const PrefillClientOptions& options);
+  ~PrefillClient();
 
-  // Sends the prompt and receives its KV on the calling thread. What the request says (tokens,
-  // model, dtype, dense) is added to `receive.expected`; the callbacks may see an attempt from its
-  // beginning again when it is retried before its first chunk. `cancel` may be null.
+  // Sends the prompt and receives its KV, on as many connections as the options say. What the
+  // request says (tokens, model, dtype, dense, skip_tokens) is added to `receive.expected`; the
+  // callbacks may see an attempt from its beginning again when it is retried before its first
+  // chunk. `cancel` may be null. When it returns, nothing of the request is left on the server.
   //   the server's status, with its details as payloads (see grpc_status.h)
-  //   DATA_LOSS           the stream was wrong, or broke after its first chunk
+  //   DATA_LOSS           a stream was wrong, or broke after its first chunk for good
+  //   PERMISSION_DENIED   the server names a host to fetch from that is not allowed
   //   CANCELLED           by `cancel`
   //   DEADLINE_EXCEEDED   the timeout
   //   or what a callback returned
+  //
+  // A request with `detached` is only sent: on_accepted tells where its KV is, no KV comes, and
+  // whoever fetches it releases it.
   absl::StatusOr<PrefillOutcome> Prefill(const v1::PrefillRequest& request,
                                          KvReceiverOptions receive,
                                          CancelToken* cancel = nullptr) const;
+
+  // Receives a part of what another call of Prefill, in any process, made the server keep, as
+  // `num_stripes` stripes on a connection each. Where readers were announced, the stripes must be
+  // among them: see StripesOf. The destination is for the layers and heads of the part.
+  // `receive.expected.skip_tokens` is that of the request. Streams that break go on; after an error
+  // nothing that came is of use. Errors as those of Prefill.
+  absl::StatusOr<FetchOutcome> Fetch(const KvLocation& location, const v1::KvPart& part,
+                                     int num_stripes, KvReceiverOptions receive,
+                                     CancelToken* cancel = nullptr) const;
+
+  // Keeps the KV for another lease, whose length is returned.
+  absl::StatusOr<absl::Duration> RenewLease(const KvLocation& location) const;
+  // Gives the KV back.
+  absl::Status ReleaseKv(const KvLocation& location) const;
 
   absl::StatusOr<v1::GetModelInfoResponse> GetModelInfo(const std::string& model = "") const;
   absl::StatusOr<v1::GetServerInfoResponse> GetServerInfo() const;
 
  private:
-  struct Attempt;
-  PrefillClient(PrefillClientOptions options, std::shared_ptr<grpc::Channel> channel);
-  absl::Status RunAttempt(const v1::PrefillRequest& request, absl::Time deadline,
-                          CancelToken& cancel, Attempt& attempt) const;
+  PrefillClient(PrefillClientOptions options, std::unique_ptr<Connections> connections);
+
+  // Connections for the KV of the request. Asks for the model once, where that matters.
+  absl::StatusOr<int> ConnectionsFor(const v1::PrefillRequest& request, absl::Time deadline,
+                                     CancelToken& cancel) const;
+  absl::StatusOr<int64_t> KvBytesPerToken(const std::string& model, absl::Time deadline,
+                                          CancelToken& cancel) const;
+  absl::StatusOr<std::shared_ptr<grpc::Channel>> ChannelTo(const KvLocation& location) const;
 
   const PrefillClientOptions options_;
-  const std::shared_ptr<grpc::Channel> channel_;
+  const std::unique_ptr<Connections> connections_;
+  mutable absl::Mutex mutex_;
+  mutable std::map<std::string, int64_t> kv_bytes_per_token_ ABSL_GUARDED_BY(mutex_);  // by model
 };
+
+// The part as `count` stripes: what to announce in DetachedKv.readers for a Fetch of that many.
+std::vector<v1::KvPart> StripesOf(const v1::KvPart& part, int count);
+
+// Connections for so much KV: one for every 32 MiB, at most `max_connections`.
+int AutomaticConnections(int64_t kv_bytes, int max_connections);
 
 }  // namespace headstart

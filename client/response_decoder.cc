@@ -111,7 +111,7 @@ bool ReadResponseField(CodedInputStream& in, uint32_t tag, ResponseEvent* event,
     case Tag(Response::kChunkFieldNumber, kLengthDelimited):
       return ReadNested<KvChunkView>(in, event);
     case Tag(Response::kCompletedFieldNumber, kLengthDelimited):
-      return ReadNested<v1::Completed>(in, event);
+      return ReadNested<v1::CheckedCompletion>(in, event);
     default:
       --*num_events;
       return SkipField(in, tag);

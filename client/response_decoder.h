@@ -32,7 +32,8 @@ struct KvChunkView {
   }
 };
 
-using ResponseEvent = std::variant<v1::Accepted, v1::KvManifest, KvChunkView, v1::Completed>;
+using ResponseEvent =
+    std::variant<v1::Accepted, v1::KvManifest, KvChunkView, v1::CheckedCompletion>;
 
 // Decodes one serialised PrefillResponse. Unknown fields are skipped. DATA_LOSS when the bytes are
 // no such message, or one without exactly one event that is known here. `message` is only read

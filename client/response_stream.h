@@ -1,40 +1,55 @@
-// One server stream, read message by message on the calling thread, without decoding.
+// One call that answers with a stream of PrefillResponse, read message by message on the calling
+// thread, without decoding.
 #pragma once
 
+#include <cstdint>
 #include <memory>
+#include <string>
 
+#include "absl/time/time.h"
+#include "google/protobuf/message_lite.h"
 #include "grpcpp/channel.h"
 #include "grpcpp/client_context.h"
 #include "grpcpp/completion_queue.h"
 #include "grpcpp/generic/generic_stub.h"
-#include "headstart/v1/prefill.pb.h"
 
 namespace headstart {
 
-// The context must outlive the stream; cancelling it ends every call below soon.
+// The context must outlive the stream; cancelling it ends every call below soon. One thread.
 class ResponseStream {
  public:
-  // Opens PrefillService.Prefill and sends the request. Failures show in Finish.
-  ResponseStream(const std::shared_ptr<grpc::Channel>& channel, const v1::PrefillRequest& request,
+  // Opens a method of PrefillService. Failures show in Finish.
+  ResponseStream(const std::shared_ptr<grpc::Channel>& channel, const std::string& method,
                  grpc::ClientContext* context);
   ResponseStream(const ResponseStream&) = delete;
   ResponseStream& operator=(const ResponseStream&) = delete;
   ~ResponseStream();
 
-  // False when the stream has ended; then ask Finish.
-  bool Read(grpc::ByteBuffer* message);
+  // Returns when the message is on its way. Nothing is sent after the `last` one, or a failure.
+  void Send(const google::protobuf::MessageLite& message, bool last);
 
-  // The status of the call. REQUIRES: Read returned false, or the context was cancelled. Called
+  enum class Event : uint8_t { kMessage, kEnd, kTimeout };
+  // Waits for the next message, and lets gRPC receive the one after it meanwhile. kEnd: ask Finish;
+  // kTimeout: none came until then.
+  Event Read(grpc::ByteBuffer* message, absl::Time until = absl::InfiniteFuture());
+
+  // The status of the call. REQUIRES: Read returned kEnd, or the context was cancelled. Called
   // once.
   grpc::Status Finish();
 
  private:
-  // Waits for the one operation that is under way.
-  bool Wait();
+  enum class Operation : uint8_t { kNone, kUnderWay, kDone, kFailed };
+  // Waits until one of the operations is no longer under way; false when none was until then.
+  bool Wait(absl::Time until = absl::InfiniteFuture());
+  // Starts an operation whose end `*state` will tell, and gives its tag.
+  void* Start(Operation* state);
 
   grpc::CompletionQueue queue_;
-  grpc::TemplatedGenericStub<v1::PrefillRequest, grpc::ByteBuffer> stub_;
-  std::unique_ptr<grpc::ClientAsyncReaderWriter<v1::PrefillRequest, grpc::ByteBuffer>> call_;
+  grpc::GenericStub stub_;
+  std::unique_ptr<grpc::GenericClientAsyncReaderWriter> call_;
+  grpc::ByteBuffer incoming_;
+  Operation read_ = Operation::kNone;
+  Operation write_ = Operation::kNone;  // also the start of the call, and its end
 };
 
 }  // namespace headstart

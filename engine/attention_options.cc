@@ -69,7 +69,8 @@ ProxyAttnOptions ResolvePreset(AttentionPreset preset, const HeadShape& heads) {
   return options;
 }
 
-absl::Status ValidateAttentionOptions(const ProxyAttnOptions& options, const HeadShape& heads) {
+absl::Status ValidateAttentionOptions(const ProxyAttnOptions& options, const HeadShape& heads,
+                                      int32_t num_layers) {
   const int32_t g = options.num_proxies;
   if (g < 1 || heads.num_heads % g != 0 ||
       (heads.num_kv_heads % g != 0 && g % heads.num_kv_heads != 0)) {
@@ -101,7 +102,8 @@ absl::Status ValidateAttentionOptions(const ProxyAttnOptions& options, const Hea
     return Bad("forced_density", options.forced_density, "in [0, 1]");
   }
   for (const int32_t layer : options.dense_layers) {
-    if (layer < 0) return Bad("dense_layers", layer, "0 or more");
+    if (layer >= 0 && layer < num_layers) continue;
+    return Bad("dense_layers", layer, absl::StrCat("below the ", num_layers, " layers"));
   }
   return absl::OkStatus();
 }

@@ -17,6 +17,7 @@ absl::string_view AttentionPresetName(AttentionPreset preset);
 ProxyAttnOptions ResolvePreset(AttentionPreset preset, const HeadShape& heads);
 
 // INVALID_ARGUMENT names the field, the value and what it may be.
-absl::Status ValidateAttentionOptions(const ProxyAttnOptions& options, const HeadShape& heads);
+absl::Status ValidateAttentionOptions(const ProxyAttnOptions& options, const HeadShape& heads,
+                                      int32_t num_layers);
 
 }  // namespace headstart

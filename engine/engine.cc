@@ -1,78 +1,19 @@
 #include "engine/engine.h"
 
-#include <algorithm>
-#include <atomic>
-#include <cstddef>
-#include <filesystem>
-#include <optional>
+#include <openssl/rand.h>
+
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-#include "engine/run/decoder.h"
-#include "engine/run/kv_cache.h"
-#include "engine/run/predicted_blocks.h"
-#include "engine/ship/kv_export.h"
-#include "engine/stopwatch.h"
+#include "engine/error.h"
+#include "kernels/base/check.h"
 #include "kernels/base/nonfinite.h"
 #include "kernels/base/status_macros.h"
 
 namespace headstart {
-
-// Order matters: what lies in the backend's memory goes before the backend.
-struct Engine::State {
-  EngineOptions options;
-  ModelConfig config;
-  int64_t prompt_limit = 0;  // the model's, or the operator's; the pool may hold less
-  std::unique_ptr<Backend> backend;
-  ModelWeights weights;
-  KvCache kv;
-  std::unique_ptr<BlockPool> pool;
-  std::unique_ptr<Decoder> decoder;
-  std::atomic<int64_t> layers_done{0};
-
-  absl::Status WarmUp();
-  absl::Status RunChunk(const PrefillJob& job, const Chunk& chunk, KvExport& to_sink);
-  absl::StatusOr<PrefillResult> Run(const PrefillJob& job, KvSink& sink);
-  absl::StatusOr<std::vector<float>> BudgetRatios();
-};
-
 namespace {
-
-std::string FolderName(const std::string& path) {
-  const std::filesystem::path folder = std::filesystem::path(path).lexically_normal();
-  return folder.has_filename() ? folder.filename().string()
-                               : folder.parent_path().filename().string();
-}
-
-absl::Status BadOption(absl::string_view name, int64_t value, absl::string_view allowed) {
-  return absl::InvalidArgumentError(absl::StrCat(name, "=", value, " is not ", allowed));
-}
-
-// Replaces the zeros in `options` by what they stand for.
-absl::Status Resolve(const ModelConfig& config, EngineOptions& options) {
-  if (options.model_name.empty()) options.model_name = FolderName(options.model_dir);
-  if (options.chunk_tokens <= 0 || options.chunk_tokens % kBlockTokens != 0) {
-    return BadOption("chunk_tokens", options.chunk_tokens,
-                     absl::StrCat("a positive multiple of ", kBlockTokens));
-  }
-  if (options.max_prompt_tokens < 0 || options.max_prompt_tokens > config.max_positions) {
-    return BadOption("max_prompt_tokens", options.max_prompt_tokens,
-                     absl::StrCat("in [1, ", config.max_positions,
-                                  "], the model's context, or 0 for all of it"));
-  }
-  // Page numbers are int32.
-  constexpr int64_t kMaxPoolTokens = (int64_t{1} << 31) * kBlockTokens - kBlockTokens;
-  if (options.kv_pool_tokens < 0 || options.kv_pool_tokens > kMaxPoolTokens) {
-    return BadOption("kv_pool_tokens", options.kv_pool_tokens,
-                     absl::StrCat("in [0, ", kMaxPoolTokens, "]"));
-  }
-  if (options.max_prompt_tokens == 0) options.max_prompt_tokens = config.max_positions;
-  if (options.kv_pool_tokens == 0) options.kv_pool_tokens = options.max_prompt_tokens;
-  options.kv_pool_tokens = NumBlocks(options.kv_pool_tokens) * kBlockTokens;
-  return absl::OkStatus();
-}
 
 absl::Status CheckTokens(absl::Span<const int32_t> ids, int32_t vocab_size) {
   if (ids.empty()) return absl::InvalidArgumentError("token_ids is empty");
@@ -85,204 +26,267 @@ absl::Status CheckTokens(absl::Span<const int32_t> ids, int32_t vocab_size) {
   return absl::OkStatus();
 }
 
-absl::Status CheckStillWanted(const PrefillJob& job, int32_t layer) {
-  if (job.cancelled.load(std::memory_order_relaxed)) {
-    return absl::CancelledError(absl::StrCat("cancelled before layer ", layer));
-  }
-  if (absl::Now() >= job.deadline) {
-    return absl::DeadlineExceededError(absl::StrCat("deadline passed before layer ", layer));
-  }
-  return absl::OkStatus();
+// An error after which the backend is of no use, as opposed to one of a request.
+bool LosesBackend(const absl::Status& status) {
+  return status.code() == absl::StatusCode::kInternal && !IsNonFiniteError(status);
 }
 
-absl::Status CheckFits(const MemoryPlan& plan, const Backend& backend) {
-  const std::optional<int64_t> free_bytes = backend.FreeBytes();
-  if (!free_bytes.has_value() || plan.total_bytes() <= *free_bytes) return absl::OkStatus();
-  return absl::ResourceExhaustedError(absl::StrCat(
-      "the model needs ", plan.total_bytes(), " bytes (weights ", plan.weight_bytes, ", KV pool ",
-      plan.kv_pool_bytes, ", activations ", plan.workspace_bytes, ", scratch ", plan.scratch_bytes,
-      "), the device has ", *free_bytes, " free: ", plan.total_bytes() - *free_bytes,
-      " are missing; less kv_pool_tokens, max_prompt_tokens or chunk_tokens need less"));
-}
-
-void AddStats(const BackendStats& stats, absl::Span<const int64_t> predicted_blocks,
-              PrefillResult& result) {
-  for (const LayerStats& layer : stats.layers) {
-    const int64_t predicted = predicted_blocks[result.layer_predicted_blocks.size()];
-    result.layer_predicted_blocks.push_back(predicted > 0 ? predicted : layer.executed_blocks);
-    result.layer_density.push_back(layer.causal_blocks == 0
-                                       ? 1.0f
-                                       : static_cast<float>(layer.executed_blocks) /
-                                             static_cast<float>(layer.causal_blocks));
-    result.layer_executed_blocks.push_back(layer.executed_blocks);
-    result.layer_causal_blocks.push_back(layer.causal_blocks);
-    result.executed_blocks += layer.executed_blocks;
-    result.causal_blocks += layer.causal_blocks;
-    result.dense_fallbacks += layer.dense_fallbacks;
-  }
-  result.selection_seconds = stats.selection_seconds;
-  result.attention_seconds = stats.attention_seconds;
+std::string NewFetchId() {
+  std::string id(16, '\0');
+  HEADSTART_CHECK(
+      RAND_bytes(reinterpret_cast<unsigned char*>(id.data()), static_cast<int>(id.size())) == 1);
+  return id;
 }
 
 }  // namespace
 
-absl::StatusOr<MemoryPlan> Engine::Plan(const EngineOptions& options, const Backend& backend) {
-  HEADSTART_ASSIGN_OR_RETURN(const ModelConfig config, ReadModelConfig(options.model_dir));
-  EngineOptions resolved = options;
-  HEADSTART_RETURN_IF_ERROR(Resolve(config, resolved));
-  MemoryPlan plan =
-      PlanMemory(config, backend.compute_dtype(), resolved.chunk_tokens, resolved.kv_pool_tokens);
-  const int64_t longest = std::min(resolved.max_prompt_tokens, resolved.kv_pool_tokens);
-  plan.scratch_bytes =
-      backend.PlanScratchBytes(config.heads, std::min(resolved.chunk_tokens, longest), longest);
-  HEADSTART_RETURN_IF_ERROR(CheckFits(plan, backend));
-  return plan;
-}
+// ---- start
 
-absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options,
-                                                       const LoadProgress& progress) {
-  // The model first: what is wrong with it is said before a device is touched.
-  HEADSTART_RETURN_IF_ERROR(ReadModelConfig(options.model_dir).status());
-  HEADSTART_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend, MakeBackend(options.backend));
-  return Create(options, std::move(backend), progress);
-}
-
-absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options,
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(ResolvedModel model,
                                                        std::unique_ptr<Backend> backend,
                                                        const LoadProgress& progress) {
-  HEADSTART_RETURN_IF_ERROR(Plan(options, *backend).status());
-  auto state = std::make_unique<State>();
-  state->options = options;
-  state->backend = std::move(backend);
-  HEADSTART_ASSIGN_OR_RETURN(state->config, ReadModelConfig(options.model_dir));
-  HEADSTART_RETURN_IF_ERROR(Resolve(state->config, state->options));
-  EngineOptions& resolved = state->options;
-  state->prompt_limit = resolved.max_prompt_tokens;
-  resolved.max_prompt_tokens = std::min(resolved.max_prompt_tokens, resolved.kv_pool_tokens);
+  std::unique_ptr<Engine> engine(new Engine(std::move(model), std::move(backend)));
+  HEADSTART_RETURN_IF_ERROR(engine->Load(progress));
+  engine->compute_thread_ = std::thread([e = engine.get()] { e->Compute(); });
+  engine->expiry_thread_ = std::thread([e = engine.get()] { e->WatchExpiry(); });
+  return engine;
+}
 
+absl::Status Engine::Load(const LoadProgress& progress) {
+  HEADSTART_RETURN_IF_ERROR(CheckFits(model_.plan, *backend_));
+  const EngineOptions& options = model_.options;
   HEADSTART_ASSIGN_OR_RETURN(const auto files, WeightFiles::Open(options.model_dir));
-  HEADSTART_ASSIGN_OR_RETURN(state->weights, LoadWeights(state->config, *files, *state->backend,
-                                                         resolved.max_prompt_tokens, progress));
-  const int64_t num_pages = resolved.kv_pool_tokens / kBlockTokens;
-  HEADSTART_ASSIGN_OR_RETURN(state->kv, KvCache::Create(state->config, num_pages, *state->backend));
-  state->pool = std::make_unique<BlockPool>(num_pages);
-  const int64_t max_rows = std::min(resolved.chunk_tokens, resolved.max_prompt_tokens);
-  HEADSTART_ASSIGN_OR_RETURN(state->decoder, Decoder::Create(state->config, state->weights,
-                                                             state->kv, max_rows, *state->backend));
-  HEADSTART_RETURN_IF_ERROR(
-      state->backend->ReserveScratch(state->config.heads, max_rows, resolved.max_prompt_tokens));
-  if (state->backend->LearnsShapes()) HEADSTART_RETURN_IF_ERROR(state->WarmUp());
-  return std::unique_ptr<Engine>(new Engine(std::move(state)));
+  HEADSTART_ASSIGN_OR_RETURN(
+      ModelWeights weights,
+      LoadWeights(model_.config, *files, *backend_, options.max_prompt_tokens, progress));
+  const SchedulerOptions scheduling = SchedulerOptionsOf(model_);
+  LocalRunnerOptions running;
+  running.geometry = model_.geometry;
+  running.num_pages = options.kv_pool_tokens / kBlockTokens;
+  running.num_slots = scheduling.num_slots;
+  running.max_rows = model_.max_rows;
+  running.max_prompt_tokens = options.max_prompt_tokens;
+  HEADSTART_ASSIGN_OR_RETURN(
+      runner_, LocalRunner::Create(model_.config, std::move(weights), running, *backend_));
+  HEADSTART_ASSIGN_OR_RETURN(HostBuffer memory, backend_->AllocateHost(options.host_kv_bytes));
+  const int64_t chunk_bytes = model_.geometry.chunk_bytes();
+  pages_ = std::make_unique<PagePool>(running.num_pages);
+  host_ = std::make_unique<HostPages>(std::move(memory), chunk_bytes,
+                                      options.host_kv_bytes / chunk_bytes);
+  host_->NotifyRoom([this] { work_.Notify(); });
+  scheduler_ =
+      std::make_unique<Scheduler>(scheduling, pages_.get(), host_.get(),
+                                  MakeError(absl::StatusCode::kUnavailable, ErrorReason::kLoading,
+                                            "the model is being loaded"));
+  return absl::OkStatus();
 }
 
-Engine::Engine(std::unique_ptr<State> state) : state_(std::move(state)) {}
-Engine::~Engine() = default;
+Engine::~Engine() {
+  if (!compute_thread_.joinable()) return;  // was never whole
+  {
+    MutexLock lock(&mutex_);
+    const absl::Status why = MakeError(absl::StatusCode::kUnavailable, ErrorReason::kDraining,
+                                       "the server stopped before the prompt was computed");
+    scheduler_->Close(why);
+    scheduler_->EndAll(why);
+  }
+  stopping_.store(true);
+  work_.Notify();
+  expiry_.Notify();
+  compute_thread_.join();
+  expiry_thread_.join();
+  host_->WaitUntilAllBack();
+}
 
-absl::Status Engine::Validate(const PrefillJob& job) const {
-  HEADSTART_RETURN_IF_ERROR(CheckTokens(job.token_ids, state_->config.vocab_size));
-  const auto num_tokens = static_cast<int64_t>(job.token_ids.size());
-  if (num_tokens > state_->prompt_limit) {
+// ---- requests
+
+absl::Status Engine::Validate(const PrefillRequest& request) const {
+  HEADSTART_RETURN_IF_ERROR(CheckTokens(request.token_ids, model_.config.vocab_size));
+  const int64_t num_tokens = request.num_tokens();
+  if (num_tokens > model_.prompt_limit) {
     return absl::InvalidArgumentError(
-        absl::StrCat("token_ids has ", num_tokens, " ids, limit ", state_->prompt_limit));
+        absl::StrCat("token_ids has ", num_tokens, " ids, limit ", model_.prompt_limit));
   }
-  if (num_tokens > state_->options.kv_pool_tokens) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        "token_ids has ", num_tokens, " ids, the KV pool holds ", state_->options.kv_pool_tokens));
+  if (num_tokens > model_.options.kv_pool_tokens) {
+    return MakeError(absl::StatusCode::kFailedPrecondition, ErrorReason::kPromptExceedsPool,
+                     absl::StrCat("token_ids has ", num_tokens, " ids, the KV pool holds ",
+                                  model_.options.kv_pool_tokens));
   }
-  HEADSTART_RETURN_IF_ERROR(ValidateAttentionOptions(job.attention, state_->config.heads));
-  for (const int32_t layer : job.attention.dense_layers) {
-    if (layer < state_->config.num_layers) continue;
-    return absl::InvalidArgumentError(absl::StrCat("attention.dense_layers=", layer,
-                                                   " is not below the ", state_->config.num_layers,
-                                                   " layers"));
+  if (request.skip_tokens < 0 || request.skip_tokens >= num_tokens) {
+    return absl::InvalidArgumentError(absl::StrCat("skip_tokens=", request.skip_tokens,
+                                                   " is not below the ", num_tokens, " token_ids"));
   }
-  return ValidateSamplingOptions(job.sampling);
+  HEADSTART_RETURN_IF_ERROR(
+      ValidateAttentionOptions(request.attention, model_.config.heads, model_.config.num_layers));
+  return ValidateSamplingOptions(request.sampling);
 }
 
-absl::StatusOr<PrefillResult> Engine::RunPrefill(const PrefillJob& job, KvSink& sink) {
-  HEADSTART_RETURN_IF_ERROR(Validate(job));
-  return state_->Run(job, sink);
-}
-
-absl::StatusOr<PrefillResult> Engine::State::Run(const PrefillJob& job, KvSink& sink) {
-  const Stopwatch total;
-  const auto num_tokens = static_cast<int64_t>(job.token_ids.size());
-  HEADSTART_ASSIGN_OR_RETURN(const BlockLease pages, pool->Acquire(NumBlocks(num_tokens)));
-  HEADSTART_RETURN_IF_ERROR(kv.Bind(pages.pages(), *backend));
-  HEADSTART_RETURN_IF_ERROR(decoder->StartSequence());
-  backend->ResetStats(config.num_layers);
-  HEADSTART_RETURN_IF_ERROR(sink.OnStart());
-
-  KvExport to_sink(*backend, sink);
-  Chunk chunk;
-  chunk.proxy_attn = job.attention.enabled ? &job.attention : nullptr;
-  for (int64_t begin = 0; begin < num_tokens; begin += options.chunk_tokens) {
-    const int64_t count = std::min(options.chunk_tokens, num_tokens - begin);
-    chunk.token_ids = absl::MakeConstSpan(job.token_ids).subspan(begin, count);
-    chunk.first_position = begin;
-    chunk.ends_prompt = begin + count == num_tokens;
-    HEADSTART_RETURN_IF_ERROR(RunChunk(job, chunk, to_sink));
+absl::StatusOr<Submission> Engine::Submit(PrefillRequest request) {
+  const bool detached = request.detached.has_value();
+  Submission submission;
+  if (detached) submission.fetch_id = NewFetchId();
+  Admitted admitted;
+  {
+    MutexLock lock(&mutex_);
+    HEADSTART_ASSIGN_OR_RETURN(admitted,
+                               scheduler_->Add(std::move(request), submission.fetch_id, Now()));
+    submission.key = admitted.key;
+    submission.requests_ahead = admitted.requests_ahead;
+    submission.tokens_ahead = admitted.tokens_ahead;
+    submission.lease = admitted.lease;
+    HEADSTART_ASSIGN_OR_RETURN(
+        submission.reader,
+        admitted.shipment->Open(detached ? std::nullopt : std::optional(WholeKv(model_.geometry)),
+                                0));
   }
-  HEADSTART_RETURN_IF_ERROR(to_sink.Flush());
-  HEADSTART_ASSIGN_OR_RETURN(const absl::Span<const float> logits, decoder->Logits());
-  PrefillResult result;
-  HEADSTART_ASSIGN_OR_RETURN(result.first_token, SampleToken(logits, job.sampling));
-  HEADSTART_ASSIGN_OR_RETURN(const BackendStats stats, backend->ReadStats());
-  HEADSTART_ASSIGN_OR_RETURN(const std::vector<float> budget_ratios, BudgetRatios());
-  AddStats(stats,
-           PredictedBlocks(budget_ratios, config.heads.num_heads, num_tokens,
-                           job.attention.floor_tokens),
-           result);
-  result.sink_seconds = to_sink.sink_seconds();
-  result.total_seconds = total.seconds();
-  return result;
+  work_.Notify();
+  expiry_.Notify();
+  return submission;
 }
 
-// Of the sequence that ran last; all 0 when it was dense.
-absl::StatusOr<std::vector<float>> Engine::State::BudgetRatios() {
-  const Buffer& source = decoder->budget_ratio();
-  std::vector<float> ratios(static_cast<size_t>(source.bytes()) / sizeof(float));
-  HEADSTART_RETURN_IF_ERROR(backend->Download(source.data(), source.bytes(), ratios.data()));
-  return ratios;
+void Engine::End(uint64_t key, const absl::Status& why) {
+  {
+    MutexLock lock(&mutex_);
+    scheduler_->End(key, why);
+    NoteIdle();
+  }
+  work_.Notify();
 }
 
-// All layers of one chunk, and the head where the prompt ends.
-absl::Status Engine::State::RunChunk(const PrefillJob& job, const Chunk& chunk, KvExport& to_sink) {
-  const auto num_tokens = static_cast<int64_t>(chunk.token_ids.size());
-  HEADSTART_RETURN_IF_ERROR(CheckStillWanted(job, /*layer=*/0));
-  HEADSTART_RETURN_IF_ERROR(decoder->Embed(chunk));
-  for (int32_t layer = 0; layer < config.num_layers; ++layer) {
-    HEADSTART_RETURN_IF_ERROR(CheckStillWanted(job, layer));
-    HEADSTART_RETURN_IF_ERROR(decoder->RunLayer(layer, chunk));
-    if (chunk.ends_prompt && layer + 1 == config.num_layers) {
-      HEADSTART_RETURN_IF_ERROR(decoder->RunHead(chunk));
+absl::StatusOr<std::unique_ptr<ShipmentReader>> Engine::Fetch(const std::string& fetch_id,
+                                                              const std::string& owner,
+                                                              const KvPart& part,
+                                                              int64_t from_chunk) {
+  MutexLock lock(&mutex_);
+  HEADSTART_ASSIGN_OR_RETURN(const std::shared_ptr<Shipment> shipment,
+                             scheduler_->Find(fetch_id, owner));
+  HEADSTART_RETURN_IF_ERROR(scheduler_->Renew(fetch_id, owner, Now()).status());
+  return shipment->Open(part, from_chunk);
+}
+
+absl::StatusOr<absl::Duration> Engine::Renew(const std::string& fetch_id,
+                                             const std::string& owner) {
+  MutexLock lock(&mutex_);
+  return scheduler_->Renew(fetch_id, owner, Now());
+}
+
+absl::Status Engine::Release(const std::string& fetch_id, const std::string& owner) {
+  MutexLock lock(&mutex_);
+  HEADSTART_RETURN_IF_ERROR(scheduler_->Release(fetch_id, owner));
+  NoteIdle();
+  work_.Notify();
+  return absl::OkStatus();
+}
+
+// ---- life
+
+void Engine::Open() {
+  MutexLock lock(&mutex_);
+  scheduler_->Open();
+}
+
+void Engine::Close(absl::Status why) {
+  MutexLock lock(&mutex_);
+  scheduler_->Close(std::move(why));
+}
+
+absl::Status Engine::CheckOpen() const {
+  MutexLock lock(&mutex_);
+  return scheduler_->closed();
+}
+
+bool Engine::WaitUntilIdle(absl::Time deadline) const {
+  MutexLock lock(&mutex_);
+  while (scheduler_->load().inflight_requests > 0 && Now() < deadline) {
+    idle_.WaitUntil(&mutex_, deadline);
+  }
+  return scheduler_->load().inflight_requests == 0;
+}
+
+void Engine::NoteIdle() {
+  if (scheduler_->load().inflight_requests == 0) idle_.SignalAll();
+}
+
+void Engine::OnLost(std::function<void(const absl::Status&)> on_lost) {
+  MutexLock lock(&mutex_);
+  on_lost_ = std::move(on_lost);
+}
+
+SchedulerLoad Engine::load() const {
+  MutexLock lock(&mutex_);
+  return scheduler_->load();
+}
+
+// The engine's one look at a clock.
+absl::Time Engine::Now() { return absl::Now(); }
+
+// ---- the threads
+
+void Engine::Compute() {
+  while (std::optional<Step> step = WaitForStep()) {
+    computing_.store(true);
+    StepResult result = runner_->Run(*step);
+    computing_.store(false);
+    Finish(*std::move(step), std::move(result));
+  }
+}
+
+std::optional<Step> Engine::WaitForStep() {
+  bool waits_for_room = false;
+  while (!stopping_.load()) {
+    const uint64_t seen = work_.count();
+    const bool waited_for_room = waits_for_room;
+    {
+      MutexLock lock(&mutex_);
+      if (std::optional<Step> step = scheduler_->Next(Now())) return step;
+      waits_for_room = scheduler_->load().waiting_for_room > 0;
     }
-    HEADSTART_RETURN_IF_ERROR(
-        to_sink.ExportLayer(layer, kv.Layer(layer), chunk.first_position, num_tokens));
-    layers_done.fetch_add(1, std::memory_order_relaxed);
+    // From now on somebody may be stalled.
+    if (waits_for_room && !waited_for_room) expiry_.Notify();
+    work_.WaitBeyond(seen, absl::InfiniteFuture());
   }
-  return absl::OkStatus();
+  return std::nullopt;
 }
 
-// Runs prompts of every size that the backend tells apart.
-absl::Status Engine::State::WarmUp() {
-  DiscardingSink sink;
-  PrefillJob job;
-  for (int64_t rows = std::min(options.chunk_tokens, options.max_prompt_tokens); rows > 0;
-       rows /= 2) {
-    job.token_ids.assign(static_cast<size_t>(rows), 0);
-    const absl::Status status = Run(job, sink).status();
-    if (!status.ok() && !IsNonFiniteError(status)) return status;
+void Engine::Finish(Step step, StepResult result) {
+  // What a piece that ended early did not use goes back before anyone hears of the end.
+  for (Piece& piece : step.pieces) piece.host.clear();
+  absl::Status lost;
+  for (const PieceResult& piece : result) {
+    if (LosesBackend(piece.status)) lost = piece.status;
   }
-  return absl::OkStatus();
+  std::function<void(const absl::Status&)> on_lost;
+  {
+    MutexLock lock(&mutex_);
+    scheduler_->Finish(step, std::move(result), Now());
+    if (!lost.ok()) {
+      const absl::Status why = MakeError(absl::StatusCode::kUnavailable, ErrorReason::kEngineLost,
+                                         "the backend was lost before this request");
+      scheduler_->Close(why);
+      scheduler_->EndAll(why);
+      on_lost = on_lost_;
+    }
+    NoteIdle();
+  }
+  expiry_.Notify();
+  if (on_lost) on_lost(lost);
 }
 
-const EngineOptions& Engine::options() const { return state_->options; }
-const ModelConfig& Engine::config() const { return state_->config; }
-const std::string& Engine::model_hash() const { return state_->weights.model_hash; }
-const Backend& Engine::backend() const { return *state_->backend; }
-const BlockPool& Engine::block_pool() const { return *state_->pool; }
-DType Engine::kv_dtype() const { return state_->backend->compute_dtype(); }
-int64_t Engine::layers_done() const { return state_->layers_done.load(std::memory_order_relaxed); }
+void Engine::WatchExpiry() {
+  while (!stopping_.load()) {
+    const uint64_t seen = expiry_.count();
+    absl::Time next;
+    bool ended = false;
+    {
+      MutexLock lock(&mutex_);
+      const int64_t released = scheduler_->load().released;
+      next = scheduler_->Expire(Now());
+      ended = scheduler_->load().released > released;
+      NoteIdle();
+    }
+    if (ended) work_.Notify();
+    expiry_.WaitBeyond(seen, next);
+  }
+}
 
 }  // namespace headstart

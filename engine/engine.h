@@ -1,73 +1,138 @@
-// One model on one machine: takes a prompt, hands out its KV cache layer by layer and the first
-// token.
+// One model on one machine, for many requests: takes prompts, computes one after the other, and
+// keeps their KV until it is fetched.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <optional>
 #include <string>
+#include <thread>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "engine/model/memory_plan.h"
-#include "engine/model/model_config.h"
+#include "absl/time/time.h"
 #include "engine/model/weights.h"
-#include "engine/prefill_job.h"
-#include "engine/schedule/block_pool.h"
-#include "engine/ship/kv_sink.h"
+#include "engine/request.h"
+#include "engine/resolve.h"
+#include "engine/run/local_runner.h"
+#include "engine/schedule/page_pool.h"
+#include "engine/schedule/scheduler.h"
+#include "engine/ship/host_pages.h"
+#include "engine/ship/shipment.h"
+#include "engine/wake_signal.h"
 #include "kernels/backend.h"
+#include "kernels/base/mutex.h"
 
 namespace headstart {
 
-struct EngineOptions {
-  std::string model_dir;
-  std::string model_name;  // empty: the folder's name
-  BackendOptions backend;
-  int64_t max_prompt_tokens =
-      0;                        // 0: the model's context, or what the KV pool holds if that is less
-  int64_t chunk_tokens = 8192;  // prefill chunk; multiple of kBlockTokens
-  int64_t kv_pool_tokens = 0;   // 0: one longest prompt
+struct Submission {
+  uint64_t key = 0;
+  int64_t requests_ahead = 0;
+  int64_t tokens_ahead = 0;
+  std::string fetch_id;                         // of detached KV: 16 random bytes
+  absl::Duration lease = absl::ZeroDuration();  // of detached KV, as granted
+  // Of attached KV the whole, of detached KV nothing but start and outcome.
+  std::unique_ptr<ShipmentReader> reader;
 };
 
+// Thread-safe. Readers must go before the engine.
 class Engine {
  public:
-  // What a model needs of the backend's memory; loads nothing. RESOURCE_EXHAUSTED says how many
-  // bytes are missing.
-  static absl::StatusOr<MemoryPlan> Plan(const EngineOptions& options, const Backend& backend);
-
-  // Reads the model and prepares its weights. INVALID_ARGUMENT: the model can't be run (names file,
-  // tensor or field). RESOURCE_EXHAUSTED: as Plan.
-  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options,
-                                                        const LoadProgress& progress);
-  // With a backend of the caller's: tests.
-  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options,
+  // Loads the model, takes all memory and starts to work; takes no request until Open.
+  // INVALID_ARGUMENT: the weights can't be used (names file or tensor). RESOURCE_EXHAUSTED says how
+  // many bytes are missing.
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(ResolvedModel model,
                                                         std::unique_ptr<Backend> backend,
                                                         const LoadProgress& progress);
+  // Ends all requests; waits for the layer that runs, and for KV that the network holds still.
   ~Engine();
 
-  // Thread-safe; what can be said without running: prompt length, token ids, attention options,
-  // sampling options. INVALID_ARGUMENT or FAILED_PRECONDITION, the field's name first in the
-  // message.
-  absl::Status Validate(const PrefillJob& job) const;
+  // ---- requests
 
-  // Runs one job on the calling thread; one at a time. The sink gets every chunk of every layer. On
-  // error nothing of the job stays behind. CANCELLED, DEADLINE_EXCEEDED (seen between layers),
-  // RESOURCE_EXHAUSTED, NonFiniteError (kernels/base/nonfinite.h), whatever the sink returned, or
-  // another INTERNAL: then the backend is lost and the engine of no further use.
-  absl::StatusOr<PrefillResult> RunPrefill(const PrefillJob& job, KvSink& sink);
+  // What can be said without running: prompt length, token ids, attention and sampling options,
+  // skip_tokens. INVALID_ARGUMENT or FAILED_PRECONDITION, the field's name first in the message.
+  absl::Status Validate(const PrefillRequest& request) const;
 
-  const EngineOptions& options() const;  // resolved: no zeros left
-  const ModelConfig& config() const;
-  const std::string& model_hash() const;
-  const Backend& backend() const;
-  const BlockPool& block_pool() const;
-  DType kv_dtype() const;
-  // Layers finished since the start, all jobs together: progress for health checks. Thread-safe.
-  int64_t layers_done() const;
+  // Takes a valid request, see Scheduler::Add for the errors. It lasts until End.
+  absl::StatusOr<Submission> Submit(PrefillRequest request);
+
+  // The request is over for whoever submitted it: it is ended with `why` whatever it does. Ended
+  // ones are left alone.
+  void End(uint64_t key, const absl::Status& why);
+
+  // ---- detached KV; errors as in Scheduler::Find and Shipment::Open
+
+  absl::StatusOr<std::unique_ptr<ShipmentReader>> Fetch(const std::string& fetch_id,
+                                                        const std::string& owner,
+                                                        const KvPart& part, int64_t from_chunk);
+  // Another lease from now on; returns it.
+  absl::StatusOr<absl::Duration> Renew(const std::string& fetch_id, const std::string& owner);
+  absl::Status Release(const std::string& fetch_id, const std::string& owner);
+
+  // ---- life
+
+  // Takes requests from now on.
+  void Open();
+  // Refuses requests with `why` from now on; those that are in may finish.
+  void Close(absl::Status why);
+  // OK when open, else why not.
+  absl::Status CheckOpen() const;
+  // False when something was in flight still at `deadline`.
+  bool WaitUntilIdle(absl::Time deadline) const;
+  // `on_lost` is told, on the compute thread, that the backend is lost: all requests were ended and
+  // none will be taken. Before Open.
+  void OnLost(std::function<void(const absl::Status&)> on_lost);
+
+  SchedulerLoad load() const;
+  // A step is being run.
+  bool computing() const { return computing_.load(std::memory_order_relaxed); }
+  // Layers finished since the start, all requests together: progress for health checks.
+  int64_t layers_done() const { return runner_->layers_done(); }
+
+  // ---- what it is
+
+  const EngineOptions& options() const { return model_.options; }  // resolved: no zeros left
+  const ModelConfig& config() const { return model_.config; }
+  const std::string& model_hash() const { return runner_->model_hash(); }
+  const Backend& backend() const { return *backend_; }
+  const KvGeometry& geometry() const { return model_.geometry; }
+  const PagePool& page_pool() const { return *pages_; }
+  const HostPages& host_pages() const { return *host_; }
 
  private:
-  struct State;
-  explicit Engine(std::unique_ptr<State> state);
-  std::unique_ptr<State> state_;
+  Engine(ResolvedModel model, std::unique_ptr<Backend> backend)
+      : model_(std::move(model)), backend_(std::move(backend)) {}
+  absl::Status Load(const LoadProgress& progress);
+  static absl::Time Now();
+
+  void Compute();
+  // Waits for a step; none when the engine ends.
+  std::optional<Step> WaitForStep();
+  void Finish(Step step, StepResult result);
+  // Ends what is due, as long as the engine lives.
+  void WatchExpiry();
+  void NoteIdle() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  // Order matters: what lies in the backend's memory goes before the backend.
+  const ResolvedModel model_;
+  const std::unique_ptr<Backend> backend_;
+  std::unique_ptr<PagePool> pages_;
+  std::unique_ptr<HostPages> host_;
+  std::unique_ptr<LocalRunner> runner_;
+  std::function<void(const absl::Status&)> on_lost_;
+
+  mutable Mutex mutex_;
+  mutable CondVar idle_;
+  std::unique_ptr<Scheduler> scheduler_ ABSL_PT_GUARDED_BY(mutex_);
+  std::atomic<bool> computing_{false};
+  std::atomic<bool> stopping_{false};
+  WakeSignal work_;    // something came that may let a step run
+  WakeSignal expiry_;  // a request came that may expire before the others
+  std::thread compute_thread_;
+  std::thread expiry_thread_;
 };
 
 }  // namespace headstart

@@ -32,13 +32,11 @@ struct HeadShape {
   constexpr int64_t qkv_cols() const { return int64_t{num_heads + 2 * num_kv_heads} * head_dim; }
 };
 
-// One layer's KV cache of one sequence. Token t lives in page page_table[t / kBlockTokens]; a page
-// is [K, V][num_kv_heads][kBlockTokens][head_dim] of `dtype`, contiguous. Memory belongs to the
-// backend.
+// One layer's KV pages, of all sequences. A page is [K, V][num_kv_heads][kBlockTokens][head_dim] of
+// `dtype`, contiguous: kBlockTokens tokens of one sequence. Memory belongs to the backend.
 struct KvPages {
   void* pages = nullptr;
   DType dtype = DType::kBF16;
-  const int32_t* page_table = nullptr;  // backend memory
   HeadShape shape;
 
   constexpr int64_t plane_elements() const {
@@ -65,7 +63,7 @@ struct ProxyAttnOptions {
   float dense_above_density = 0.6f;
   // Benchmarks only: > 0 replaces every head's budget by this share of the causal blocks.
   float forced_density = 0.0f;
-  std::vector<int32_t> dense_layers;  // these layers always run dense
+  std::vector<int32_t> dense_layers;  // these layers always run dense; who calls attention obeys it
 
   friend bool operator==(const ProxyAttnOptions&, const ProxyAttnOptions&) = default;
 };
@@ -76,6 +74,25 @@ inline int64_t BudgetBlocks(float ratio, int64_t num_blocks, int32_t floor_token
   const double budget = std::ceil(double{ratio} * static_cast<double>(num_blocks) - 0x1p-10);
   return std::max(static_cast<int64_t>(budget), NumBlocks(floor_tokens));
 }
+
+// A sequence's rows in the matrices of an operation: row first_row + i is its token first_position
+// + i. The sequences of one call come in the order of their rows, which do not overlap; rows of no
+// sequence are left alone. What a sequence gets does not depend on the others in the call.
+struct SequenceRows {
+  int64_t first_row = 0;
+  int64_t num_rows = 0;
+  int64_t first_position = 0;
+  // Backend memory: token t lives in page page_table[t / kBlockTokens].
+  const int32_t* page_table = nullptr;
+};
+
+// Pairs of a query block and a key block, summed over heads. Lies in backend memory; operations add
+// and never clear.
+struct BlockCounts {
+  uint64_t executed_blocks = 0;
+  uint64_t causal_blocks = 0;
+  uint64_t dense_fallbacks = 0;  // selections that passed dense_above_density
+};
 
 // Kept key blocks of the query blocks [first_row, first_row + num_rows) of a sequence, on the host.
 // Row m of proxy p has one ranking of its causal blocks 0..m: forced blocks first (the diagonal,

@@ -2,9 +2,13 @@
 // the operations of a Llama or Qwen prefill. CPU and CUDA implement it; every operation is tested
 // against kernels/cpu/reference_ops.h.
 //
-// A backend belongs to one thread at a time (the prefill worker). Operations may be asynchronous;
-// ReadKv, Download and ReadStats wait for what they return. Nothing is allocated by an operation
-// once it has run at its largest shape.
+// It remembers nothing of the sequences: every operation gets the ones that it works on, as rows of
+// its matrices, and no call means something else because of the call before it.
+//
+// A backend belongs to one thread at a time (the one that computes); only PendingCopy::Wait and
+// freeing host memory are for any. Operations may be asynchronous; Download and TakeTimes
+// wait for what they return. Nothing is allocated by an operation once it has run at its largest
+// shape.
 #pragma once
 
 #include <cstddef>
@@ -69,53 +73,99 @@ class LinearWeight {
 // Cosines and sines of all positions of a model. Made by Backend::PrepareRope.
 class RopeTable {
  public:
+  RopeTable(int64_t head_dim, int64_t max_positions)
+      : head_dim_(head_dim), max_positions_(max_positions) {}
   virtual ~RopeTable() = default;
+  RopeTable(const RopeTable&) = delete;
+  RopeTable& operator=(const RopeTable&) = delete;
+
+  int64_t head_dim() const { return head_dim_; }
+  int64_t max_positions() const { return max_positions_; }
+
+ private:
+  int64_t head_dim_;
+  int64_t max_positions_;
 };
 
 enum class LinearOutput : uint8_t { kStore, kAdd };  // out = y, or out += y
 
+struct RopeSequence {
+  SequenceRows rows;
+  // Backend memory, or null: set to 1, never cleared, when a K or V value that was stored is
+  // infinite or NaN.
+  uint32_t* not_finite = nullptr;
+};
+
 struct RopeArgs {
-  Matrix qkv;  // [num_tokens, (H + 2 H_kv) d] of compute_dtype: Q, K, V; Q is rotated in place
-  int64_t first_position = 0;
+  // [rows, (H + 2 H_kv) d] of compute_dtype: Q, K, V. Q is rotated in place; what becomes of K and
+  // V there is the backend's affair.
+  Matrix qkv;
+  absl::Span<const RopeSequence> sequences;
   const RopeTable* rope = nullptr;
   const Buffer* q_norm = nullptr;  // f32 [d], or null: RMSNorm of every head before RoPE (Qwen3)
   const Buffer* k_norm = nullptr;
   float norm_eps = 0.0f;
-  KvPages kv;  // K (normed, rotated) and V are written to tokens first_position …
+  KvPages kv;  // K (normed, rotated) and V are written to the sequences' pages
 };
 
-struct SelectArgs {
-  Matrix q;                    // [num_tokens, H d], rotated
-  int64_t first_position = 0;  // multiple of kBlockTokens
-  KvPages kv;                  // holds tokens [0, first_position + q.rows)
-  int32_t layer = 0;
-  bool ends_prompt = false;  // the dense tail applies to this chunk
-  const ProxyAttnOptions* options = nullptr;
-  // f32 [H] in backend memory: each head's budget ratio so far. Read and raised; zero before the
-  // first chunk.
+struct AttentionSequence {
+  // Its pages hold tokens [0, first_position + num_rows). first_position: any when dense, a
+  // multiple of kBlockTokens with proxy_attn.
+  SequenceRows rows;
+  // Null: dense. Else only the blocks that ProxyAttn keeps are attended to; `dense_layers` is the
+  // caller's to obey.
+  const ProxyAttnOptions* proxy_attn = nullptr;
+  bool ends_prompt = false;  // ProxyAttn's dense tail lies in these rows
+  // f32 [H] in backend memory, with proxy_attn: each head's budget ratio so far. Read and raised;
+  // zero before a prompt's first piece.
   float* budget_ratio = nullptr;
+  BlockCounts* counts = nullptr;  // backend memory, or null: what these rows come to is added
+  // Host memory, or null. Tests and tools, with proxy_attn: gets what was kept; the call then
+  // waits.
+  BlockSelection* selection = nullptr;
 };
 
 struct AttentionArgs {
-  Matrix q;                    // [num_tokens, H d], rotated
-  int64_t first_position = 0;  // any position when dense; multiple of kBlockTokens with a selection
-  KvPages kv;                  // holds tokens [0, first_position + q.rows)
-  int32_t layer = 0;
-  bool selected = false;  // attend to the blocks that the last SelectBlocks kept; else to all
-  Matrix out;             // [num_tokens, H d] of compute_dtype
+  Matrix q;    // [rows, H d], rotated
+  Matrix out;  // [rows, H d] of compute_dtype
+  KvPages kv;
+  absl::Span<const AttentionSequence> sequences;
 };
 
-// Blocks of one layer, summed over heads and query blocks since ResetStats.
-struct LayerStats {
-  int64_t executed_blocks = 0;
-  int64_t causal_blocks = 0;
-  int64_t dense_fallbacks = 0;  // chunks
-};
-
-struct BackendStats {
-  std::vector<LayerStats> layers;
+// Time that the device spent.
+struct BackendTimes {
   double selection_seconds = 0;
   double attention_seconds = 0;
+};
+
+struct HostMemoryDeleter {
+  void (*free)(void*) = nullptr;
+  void operator()(std::byte* data) const { free(data); }
+};
+// Host memory that the backend copies to fastest (pinned, where it has a device). May outlive the
+// backend.
+using HostBuffer = std::unique_ptr<std::byte[], HostMemoryDeleter>;
+
+struct HostCopy {
+  const void* from = nullptr;  // backend memory
+  void* to = nullptr;          // in memory of AllocateHost
+  int64_t bytes = 0;
+};
+
+// A copy on its way, see Backend::CopyOut. Must not outlive the backend. Destroying it does not
+// stop the copy: copies end in the order in which they began, so all memory of this one is free
+// once it or a later one was waited for.
+class PendingCopy {
+ public:
+  PendingCopy() = default;
+  virtual ~PendingCopy() = default;
+  PendingCopy(const PendingCopy&) = delete;
+  PendingCopy& operator=(const PendingCopy&) = delete;
+
+  // Whether Wait would return at once.
+  virtual bool Ready() = 0;
+  // Returns when all bytes have arrived. From any thread, once.
+  virtual absl::Status Wait() = 0;
 };
 
 class Backend {
@@ -131,15 +181,15 @@ class Backend {
 
   // ---- memory
   // Most that attention and selection come to keep beside what is allocated here, for sequences of
-  // up to `num_tokens` tokens in chunks of up to `chunk_tokens`, whatever the options. 0: the
+  // up to `num_tokens` tokens in pieces of up to `piece_tokens`, whatever the options. 0: the
   // backend makes no plan of it.
-  virtual int64_t PlanScratchBytes(const HeadShape& /*heads*/, int64_t /*chunk_tokens*/,
+  virtual int64_t PlanScratchBytes(const HeadShape& /*heads*/, int64_t /*piece_tokens*/,
                                    int64_t /*num_tokens*/) const {
     return 0;
   }
   // Allocates all of it now, where the backend would otherwise do so with the first request that
   // needs it.
-  virtual absl::Status ReserveScratch(const HeadShape& /*heads*/, int64_t /*chunk_tokens*/,
+  virtual absl::Status ReserveScratch(const HeadShape& /*heads*/, int64_t /*piece_tokens*/,
                                       int64_t /*num_tokens*/) {
     return absl::OkStatus();
   }
@@ -180,25 +230,22 @@ class Backend {
                               LinearOutput mode) = 0;
   // QK-norm, RoPE, and K and V to their pages.
   virtual absl::Status RopeAndStoreKv(const RopeArgs& args) = 0;
-  // ProxyAttn steps 1 to 3. The kept blocks stay in the backend until the next call.
-  virtual absl::Status SelectBlocks(const SelectArgs& args) = 0;
-  // Causal GQA attention, scale 1 / sqrt(head_dim).
+  // Causal GQA attention, scale 1 / sqrt(head_dim), to all blocks or to those that ProxyAttn keeps.
   virtual absl::Status Attention(const AttentionArgs& args) = 0;
-  // out = silu(gate) * up. gate_up: [n, 2 f] with gate in the first f columns; out: [n, f]. May be
-  // called with out aliasing nothing of gate_up.
+  // out = silu(gate) * up. gate_up: [n, 2 f] with gate in the first f columns; out: [n, f], not in
+  // gate_up.
   virtual absl::Status SwiGlu(Matrix gate_up, Matrix out) = 0;
 
   // ---- results
-  // Copies tokens [token_begin, token_begin + token_count) of the pages to host memory as K, then
-  // V, each [num_kv_heads][token_count][head_dim]. token_begin: multiple of kBlockTokens. Waits for
-  // nothing but these tokens when they were written by one of the last two RopeAndStoreKv.
-  // NonFiniteError (kernels/base/nonfinite.h) when a copied value is not finite.
-  virtual absl::Status ReadKv(const KvPages& kv, int64_t token_begin, int64_t token_count,
-                              absl::Span<std::byte> out) = 0;
-  // What the last SelectBlocks kept.
-  virtual absl::StatusOr<BlockSelection> ReadSelection() = 0;
-  virtual void ResetStats(int32_t num_layers) = 0;
-  virtual absl::StatusOr<BackendStats> ReadStats() = 0;
+  // RESOURCE_EXHAUSTED with the number of bytes when there is not enough.
+  virtual absl::StatusOr<HostBuffer> AllocateHost(int64_t bytes) = 0;
+  // Copies what the operations so far leave in `from`, on a way of its own: later ones go on
+  // meanwhile and must not write there until the copy has arrived.
+  virtual absl::StatusOr<std::unique_ptr<PendingCopy>> CopyOut(
+      absl::Span<const HostCopy> copies) = 0;
+  // What went into attention and into selection since the last TakeTimes. Waits for all operations.
+  // Every Attention is noted until then: to be called once a prompt or so.
+  virtual absl::StatusOr<BackendTimes> TakeTimes() = 0;
 
  private:
   friend class Buffer;

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
+#include "server/net/socket.h"
 
 namespace headstart {
 namespace {
@@ -25,21 +26,24 @@ absl::Status ValidateTls(const ServerTlsOptions& tls) {
   return absl::OkStatus();
 }
 
-// Items of the file in order. CLI11 throws.
 }  // namespace
 
 absl::Status ValidateOptions(const ServerOptions& options) {
   if (options.model_dir.empty()) return UsageError("model", "is required");
   if (options.listen.empty()) return UsageError("listen", "is empty");
-  if (options.chunk_tokens % kBlockTokens != 0) {
-    return UsageError("prefill-chunk-tokens", absl::StrCat("is ", options.chunk_tokens,
-                                                           ", not a multiple of ", kBlockTokens));
+  if (options.piece_tokens % kBlockTokens != 0) {
+    return UsageError("piece-tokens", absl::StrCat("is ", options.piece_tokens,
+                                                   ", not a multiple of ", kBlockTokens));
   }
   if (options.default_deadline > options.max_deadline) {
     return UsageError("default-deadline", "is longer than --max-deadline");
   }
-  if (options.stuck_after <= options.write_stall_timeout) {
-    return UsageError("stuck-after", "must be longer than --write-stall-timeout");
+  if (options.default_lease > options.max_lease) {
+    return UsageError("default-lease", "is longer than --max-lease");
+  }
+  if (!options.fetch_address.empty() && !ParseHostPort(options.fetch_address).ok()) {
+    return UsageError("fetch-address",
+                      absl::StrCat("is ", options.fetch_address, ", not host:port"));
   }
   return ValidateTls(options.tls);
 }
@@ -50,4 +54,5 @@ std::string ServedModelName(const ServerOptions& options) {
   if (dir.filename().empty()) dir = dir.parent_path();  // "models/x/"
   return dir.filename();
 }
+
 }  // namespace headstart

@@ -8,7 +8,6 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "kernels/backend.h"
-#include "server/admission.h"
 #include "server/rpc/attention_request.h"
 
 namespace headstart {
@@ -49,25 +48,29 @@ struct ServerOptions {
   std::string model_name;  // empty: the folder's name
   BackendOptions backend;
   int64_t max_prompt_tokens = 0;  // 0: the model's context
-  int64_t chunk_tokens = 8192;
+  int64_t piece_tokens = 8192;
   int64_t kv_pool_tokens = 0;  // 0: one longest prompt
+  int64_t host_kv_bytes = 0;   // 0: the engine's default
   AttentionDefaults attention;
 
   // ---- listeners; port 0 takes a free one
   std::string listen = "127.0.0.1:8443";
   std::string admin_listen = "127.0.0.1:9090";  // empty: no admin server
   std::string port_file;
+  std::string fetch_address;  // where clients reach FetchKv; empty: where they called
   ServerTlsOptions tls;
   ConnectionOptions connections;
   Reflection reflection = Reflection::kAuto;
 
   // ---- requests
-  AdmissionLimits admission;
+  int64_t max_queue_requests = 64;
+  int64_t max_queue_tokens = 1 << 20;
   absl::Duration default_deadline = absl::Seconds(120);
   absl::Duration max_deadline = absl::Minutes(10);
   absl::Duration first_message_timeout = absl::Seconds(10);
   absl::Duration write_stall_timeout = absl::Seconds(30);
-  int64_t send_buffer_bytes = 16 << 20;
+  absl::Duration default_lease = absl::Seconds(60);
+  absl::Duration max_lease = absl::Minutes(10);
 
   // ---- operations
   absl::Duration drain_timeout = absl::Seconds(60);

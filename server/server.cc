@@ -6,9 +6,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-#include "kernels/base/nonfinite.h"
+#include "engine/attention_options.h"
+#include "engine/error.h"
 #include "kernels/base/status_macros.h"
-#include "server/error.h"
 #include "server/net/self_check.h"
 #include "server/net/tls.h"
 #include "server/ops/logging.h"
@@ -17,16 +17,12 @@
 namespace headstart {
 namespace {
 
-constexpr absl::Duration kProgressInterval = absl::Seconds(1);
+constexpr absl::Duration kWatchInterval = absl::Seconds(1);
 // For status and trailers of the last calls, and for calls of other services (health watches).
 constexpr absl::Duration kGoodbye = absl::Seconds(1);
 // Open files that are not connections of clients.
 constexpr int64_t kOtherFiles = 64;
 constexpr absl::Duration kSelfCheckTimeout = absl::Seconds(2);
-
-absl::Status Unavailable(ErrorReason reason, absl::string_view message) {
-  return MakeError(absl::StatusCode::kUnavailable, reason, message);
-}
 
 ListenerLimits LimitConnections(const ConnectionOptions& options) {
   const int64_t files = RaiseFileLimit();
@@ -47,37 +43,47 @@ ModelFacts FactsOf(const Engine& engine, absl::Duration load_time) {
   ModelFacts facts;
   facts.model_hash = engine.model_hash();
   facts.architecture = engine.config().architecture;
-  facts.kv_dtype = std::string(DTypeName(engine.kv_dtype()));
+  facts.kv_dtype = std::string(DTypeName(engine.geometry().dtype));
   facts.backend = engine.backend().name();
   facts.device = engine.backend().device();
   facts.num_layers = engine.config().num_layers;
   facts.block_tokens = kBlockTokens;
-  facts.num_blocks = engine.block_pool().num_pages();
+  facts.num_blocks = engine.page_pool().num_pages();
   facts.load_time = load_time;
   return facts;
 }
 
 // What a request that says nothing about attention gets. A usage error when it does not suit the
 // model.
-absl::StatusOr<ResolvedAttention> DefaultAttention(const Engine& engine,
+absl::StatusOr<ResolvedAttention> DefaultAttention(const ModelConfig& config,
                                                    const ServerOptions& options) {
   absl::StatusOr<ResolvedAttention> attention =
-      ResolveAttention({}, options.attention, engine.config().heads);
+      ResolveAttention({}, options.attention, config.heads);
   if (!attention.ok()) return AsUsageError(attention.status());
-  PrefillJob shortest;
-  shortest.token_ids = {0};
-  shortest.attention = attention->options;
-  const absl::Status valid = engine.Validate(shortest);
+  const absl::Status valid =
+      ValidateAttentionOptions(attention->options, config.heads, config.num_layers);
   if (!valid.ok()) return AsUsageError(valid);
   return attention;
 }
 
-// A lost backend, as opposed to a request that failed.
-bool LosesEngine(const absl::Status& status) {
-  return status.code() == absl::StatusCode::kInternal && !IsNonFiniteError(status);
-}
-
 }  // namespace
+
+EngineOptions ToEngineOptions(const ServerOptions& options) {
+  EngineOptions out;
+  out.model_dir = options.model_dir;
+  out.model_name = ServedModelName(options);
+  out.backend = options.backend;
+  out.max_prompt_tokens = options.max_prompt_tokens;
+  out.piece_tokens = options.piece_tokens;
+  out.kv_pool_tokens = options.kv_pool_tokens;
+  out.host_kv_bytes = options.host_kv_bytes;
+  out.max_requests = options.max_queue_requests;
+  out.max_tokens = options.max_queue_tokens;
+  out.default_lease = options.default_lease;
+  out.max_lease = options.max_lease;
+  out.stall_timeout = options.write_stall_timeout;
+  return out;
+}
 
 // ---- start
 
@@ -86,19 +92,19 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options,
   std::unique_ptr<Server> server(new Server(std::move(options)));
   HEADSTART_RETURN_IF_ERROR(server->Listen());
   HEADSTART_RETURN_IF_ERROR(server->StartAdmin());
-  server->StartWorker(std::move(make_engine));
+  server->StartLoading(std::move(make_engine));
   return server;
 }
 
 Server::Server(ServerOptions options)
     : options_(std::move(options)),
       metrics_(ServedModelName(options_)),
-      admission_(options_.admission,
-                 Unavailable(ErrorReason::kLoading, "the model is being loaded")),
+      lifecycle_(options_.stuck_after,
+                 [this](Lifecycle::Phase phase, bool healthy) { OnChange(phase, healthy); }),
       service_(&context_) {
   context_.options = &options_;
   context_.model_name = ServedModelName(options_);
-  context_.admission = &admission_;
+  context_.lifecycle = &lifecycle_;
   context_.timer = &timer_;
   context_.metrics = &metrics_;
 }
@@ -125,11 +131,16 @@ absl::Status Server::StartAdmin() {
   return absl::OkStatus();
 }
 
-void Server::StartWorker(EngineFactory make_engine) {
-  worker_ = std::make_unique<PrefillWorker>(
-      [this, make_engine = std::move(make_engine)] { return Load(make_engine); }, &timer_);
-  context_.worker = worker_.get();
-  ScheduleProgressCheck();
+void Server::StartLoading(EngineFactory make_engine) {
+  loading_thread_ = std::thread([this, make_engine = std::move(make_engine)] {
+    const absl::Time began = absl::Now();
+    absl::StatusOr<std::unique_ptr<Engine>> engine = make_engine();
+    const absl::Status status =
+        engine.ok() ? ServeModel(*std::move(engine), absl::Now() - began) : engine.status();
+    if (!status.ok()) Fail(status);
+  });
+  watch_timer_ = std::make_unique<Timer>();
+  WatchCompute();
   // Last: the first call may come right away.
   listener_->Start([this](int fd, bool own) {
     GrpcServer::Acceptor::NewConnectionParameters connection;
@@ -139,127 +150,67 @@ void Server::StartWorker(EngineFactory make_engine) {
   });
 }
 
-absl::StatusOr<PrefillWorker::Run> Server::Load(const EngineFactory& make_engine) {
-  const absl::Time began = absl::Now();
-  absl::StatusOr<std::unique_ptr<Engine>> engine = make_engine();
-  const absl::Status status =
-      engine.ok() ? ServeModel(*std::move(engine), absl::Now() - began) : engine.status();
-  if (!status.ok()) Fail(status);
-  MutexLock lock(&mutex_);
-  load_over_ = true;
-  phase_changed_.SignalAll();
-  if (!status.ok()) return status;
-  return [this](const PrefillJob& job, KvSink& sink) { return Run(job, sink); };
-}
-
 absl::Status Server::ServeModel(std::unique_ptr<Engine> engine, absl::Duration load_time) {
   engine_ = std::move(engine);
-  HEADSTART_ASSIGN_OR_RETURN(ResolvedAttention attention, DefaultAttention(*engine_, options_));
+  HEADSTART_ASSIGN_OR_RETURN(ResolvedAttention attention,
+                             DefaultAttention(engine_->config(), options_));
   served_ = {engine_.get(), context_.model_name, &options_, std::move(attention)};
-  context_.model.store(&served_);
   metrics_.SetModel(FactsOf(*engine_, load_time));
+  engine_->OnLost([this](const absl::Status& why) { Fail(why); });
+  engine_->Open();
+  context_.model.store(&served_);
   Log(LogLevel::kInfo, "model loaded",
       {{"model", served_.name},
        {"model_hash", engine_->model_hash()},
        {"device", engine_->backend().device()},
        {"max_prompt_tokens", engine_->options().max_prompt_tokens},
+       {"host_kv_bytes", engine_->options().host_kv_bytes},
        {"seconds", absl::ToDoubleSeconds(load_time)}});
-  MutexLock lock(&mutex_);
-  if (phase_ != Phase::kLoading) return absl::OkStatus();  // draining already
-  phase_ = Phase::kServing;
-  last_progress_ = absl::Now();
-  admission_.Open();
-  UpdateHealth();
+  lifecycle_.Load();
   return absl::OkStatus();
 }
 
-// ---- work
+// ---- life
 
-absl::StatusOr<PrefillResult> Server::Run(const PrefillJob& job, KvSink& sink) {
-  {
-    MutexLock lock(&mutex_);
-    last_progress_ = absl::Now();
-    if (phase_ == Phase::kFailed) {
-      return Unavailable(ErrorReason::kEngineLost, "the backend was lost before this request");
-    }
-  }
-  absl::StatusOr<PrefillResult> result = engine_->RunPrefill(job, sink);
-  if (LosesEngine(result.status())) Fail(result.status());
-  return result;
+void Server::OnChange(Lifecycle::Phase phase, bool healthy) {
+  SetServing(*grpc_.server, healthy);
+  const absl::Status closed = WhyClosedIn(phase);
+  const ServedModel* model = context_.model.load();
+  if (model != nullptr && !closed.ok()) model->engine->Close(closed);
 }
 
 void Server::Fail(absl::Status why) {
   Log(LogLevel::kError, "the server gives up",
       {{"code", absl::StatusCodeToString(why.code())}, {"message", why.message()}});
-  admission_.Close(
-      Unavailable(ErrorReason::kEngineLost, "the server gave up its model and shuts down"));
-  MutexLock lock(&mutex_);
-  phase_ = Phase::kFailed;
-  failure_ = std::move(why);
-  UpdateHealth();
-  phase_changed_.SignalAll();
+  lifecycle_.Fail(std::move(why));
 }
 
-// ---- health
-
-void Server::UpdateHealth() { SetServing(*grpc_.server, phase_ == Phase::kServing && !stuck_); }
-
-void Server::ScheduleProgressCheck() {
-  MutexLock lock(&mutex_);
-  if (stopping_) return;
-  progress_timer_ = timer_.Schedule(absl::Now() + kProgressInterval, [this] { CheckProgress(); });
+void Server::Drain() {
+  if (!lifecycle_.Drain()) return;
+  Log(LogLevel::kInfo, "draining", {{"inflight_requests", Snapshot().load.inflight_requests}});
 }
 
-void Server::CheckProgress() {
-  const bool busy = worker_->busy();
+void Server::WatchCompute() {
   const ServedModel* model = context_.model.load();
+  const bool computing = model != nullptr && model->engine->computing();
   const int64_t layers = model == nullptr ? 0 : model->engine->layers_done();
-  {
-    MutexLock lock(&mutex_);
-    const absl::Time now = absl::Now();
-    if (!busy || layers != layers_seen_) last_progress_ = std::max(last_progress_, now);
-    layers_seen_ = layers;
-    const bool stuck = now - last_progress_ > options_.stuck_after;
-    if (stuck != stuck_) {
-      Log(stuck ? LogLevel::kError : LogLevel::kInfo,
-          stuck ? "stuck: no layer finishes" : "compute goes on again", {{"layers_done", layers}});
-      stuck_ = stuck;
-      UpdateHealth();
-    }
+  if (const auto stuck = lifecycle_.WatchCompute(computing, layers, absl::Now())) {
+    Log(*stuck ? LogLevel::kError : LogLevel::kInfo,
+        *stuck ? "stuck: no layer finishes" : "compute goes on again", {{"layers_done", layers}});
   }
-  ScheduleProgressCheck();
+  watch_timer_->Schedule(absl::Now() + kWatchInterval, [this] { WatchCompute(); });
 }
 
-absl::Status Server::Live() {
-  {
-    MutexLock lock(&mutex_);
-    if (stuck_) return absl::UnavailableError("stuck: no layer finishes");
-    if (phase_ == Phase::kFailed) return absl::UnavailableError("failed");
-  }
+absl::Status Server::Live() const {
+  HEADSTART_RETURN_IF_ERROR(lifecycle_.Live());
   return CheckThroughListener(*listener_, kSelfCheckTimeout);
-}
-
-absl::Status Server::Ready() {
-  MutexLock lock(&mutex_);
-  if (stuck_) return absl::UnavailableError("stuck: no layer finishes");
-  switch (phase_) {
-    case Phase::kLoading:
-      return absl::UnavailableError("loading");
-    case Phase::kServing:
-      return absl::OkStatus();
-    case Phase::kDraining:
-      return absl::UnavailableError("draining");
-    case Phase::kFailed:
-      return absl::UnavailableError("failed");
-  }
-  return absl::OkStatus();
 }
 
 AdminHandlers Server::MakeAdminHandlers() {
   return {
       .metrics = [this] { return metrics_.Serialize(Snapshot()); },
       .live = [this] { return Live(); },
-      .ready = [this] { return Ready(); },
+      .ready = [this] { return lifecycle_.Ready(); },
       .version =
           [this] {
             return nlohmann::json({{"version", kVersion}, {"model", context_.model_name}}).dump() +
@@ -268,17 +219,20 @@ AdminHandlers Server::MakeAdminHandlers() {
       .drain = [this] { Drain(); }};
 }
 
-MetricsSnapshot Server::Snapshot() {
+MetricsSnapshot Server::Snapshot() const {
   MetricsSnapshot s;
-  s.load = admission_.load();
-  s.limits = options_.admission;
+  s.max_queue_requests = options_.max_queue_requests;
+  s.max_queue_tokens = options_.max_queue_tokens;
   if (const ServedModel* model = context_.model.load(); model != nullptr) {
-    const BlockPool& pool = model->engine->block_pool();
-    s.layers_done = model->engine->layers_done();
-    s.pool_blocks = pool.num_pages();
-    s.pool_free = pool.free_pages();
-    s.pool_acquired = pool.acquired();
-    s.pool_released = pool.released();
+    const Engine& engine = *model->engine;
+    s.load = engine.load();
+    s.layers_done = engine.layers_done();
+    s.pool_blocks = engine.page_pool().num_pages();
+    s.pool_free = engine.page_pool().free_pages();
+    s.pool_acquired = engine.page_pool().acquired();
+    s.pool_released = engine.page_pool().released();
+    s.host_kv_bytes = engine.host_pages().num_chunks() * engine.host_pages().chunk_bytes();
+    s.host_kv_free_bytes = engine.host_pages().free_chunks() * engine.host_pages().chunk_bytes();
   }
   const ListenerStats connections = listener_->stats();
   s.connections = connections.open;
@@ -286,45 +240,19 @@ MetricsSnapshot Server::Snapshot() {
   for (size_t i = 0; i < kShedReasonNames.size(); ++i) {
     s.connections_shed.emplace_back(std::string(kShedReasonNames[i]), connections.shed[i]);
   }
-  MutexLock lock(&mutex_);
-  s.ready = phase_ == Phase::kServing && !stuck_;
-  s.draining = phase_ == Phase::kDraining;
+  s.ready = lifecycle_.healthy();
+  s.draining = lifecycle_.phase() == Lifecycle::Phase::kDraining;
   return s;
 }
 
 // ---- the end
 
-absl::Status Server::WaitUntilLoaded() {
-  MutexLock lock(&mutex_);
-  while (!load_over_) phase_changed_.Wait(&mutex_);
-  return failure_;
-}
-
-void Server::Drain() {
-  MutexLock lock(&mutex_);
-  if (phase_ == Phase::kDraining || phase_ == Phase::kFailed) return;
-  admission_.Close(MakeRetryableError(absl::StatusCode::kUnavailable, ErrorReason::kDraining,
-                                      "the server is draining", absl::Seconds(1)));
-  phase_ = Phase::kDraining;
-  Log(LogLevel::kInfo, "draining", {{"inflight_requests", admission_.load().inflight_requests}});
-  UpdateHealth();
-  phase_changed_.SignalAll();
-}
-
-void Server::WaitForEnd() {
-  MutexLock lock(&mutex_);
-  while (phase_ == Phase::kLoading || phase_ == Phase::kServing) phase_changed_.Wait(&mutex_);
-}
-
 absl::Status Server::Shutdown() {
-  absl::Status failure;
-  {
-    MutexLock lock(&mutex_);
-    failure = failure_;
-  }
+  const absl::Status failure = lifecycle_.failure();
   const absl::Duration patience = failure.ok() ? options_.drain_timeout : kGoodbye;
-  const bool idle = admission_.WaitUntilIdle(absl::Now() + patience);
-  const int64_t left = admission_.load().inflight_requests;
+  const ServedModel* model = context_.model.load();
+  const bool idle = model == nullptr || model->engine->WaitUntilIdle(absl::Now() + patience);
+  const int64_t left = Snapshot().load.inflight_requests;
   context_.cancelling_all.store(true);
   listener_->Stop();
   grpc_.server->Shutdown(
@@ -334,25 +262,14 @@ absl::Status Server::Shutdown() {
       absl::StrCat("the drain timeout passed: ", left, " accepted requests were cancelled"));
 }
 
-bool Server::loading() {
-  MutexLock lock(&mutex_);
-  return !load_over_;
-}
-
 Server::~Server() {
-  Timer::Id progress_timer = Timer::kNone;
-  {
-    MutexLock lock(&mutex_);
-    stopping_ = true;
-    progress_timer = progress_timer_;
-  }
-  timer_.Cancel(progress_timer);
-  admission_.Close(Unavailable(ErrorReason::kDraining, "the server shuts down"));
+  watch_timer_.reset();
   context_.cancelling_all.store(true);
   admin_.reset();
   if (listener_ != nullptr) listener_->Stop();
   if (grpc_.server != nullptr) grpc_.server->Shutdown(std::chrono::system_clock::now());
-  worker_.reset();
+  if (loading_thread_.joinable()) loading_thread_.join();
+  engine_.reset();  // while there is somebody to tell that the backend was lost
 }
 
 }  // namespace headstart

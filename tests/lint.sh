@@ -12,22 +12,20 @@ format=clang-format-14
 export tidy=clang-tidy-14 build=build/lint checks
 
 check_format() {
-  find client engine kernels server tests '(' -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' ')' \
-    -exec "$format" --dry-run -Werror {} +
+  find client engine kernels server tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+    | xargs "$format" --dry-run -Werror
 }
 
-# Leaves compile_commands.json and the generated headers in $build. Without precompiled headers: what a file uses, it includes.
+# Leaves compile_commands.json and the generated headers in $build.
 prepare() {
   mkdir -p build
-  { cmake --preset cpu -B "$build" -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON \
-    && cmake --build "$build" --target headstart_proto_sources; } >"$build.log" 2>&1 || { cat "$build.log" >&2; die "cmake failed"; }
+  { cmake --preset cpu -B "$build" && cmake --build "$build" --target headstart_proto_sources; } >"$build.log" 2>&1 || { cat "$build.log" >&2; die "cmake failed"; }
 }
 
 # check_tidy CHECKS FILE…: .clang-tidy with CHECKS added, as many files at a time as there are cores.
 check_tidy() {
   checks=$1
   shift
-  # shellcheck disable=SC2016  # for the inner shell
   printf '%s\n' "$@" | xargs -P "$(nproc)" -I{} bash -c '
     log=$("$tidy" -p "$build" --quiet --checks="$checks" "{}" 2>&1) || { printf "%s\n" "$log"; exit 1; }'
 }

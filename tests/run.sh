@@ -3,9 +3,10 @@
 # with ctest's summary.
 # usage: tests/run.sh        as root or with sudo, from any folder
 #
-# torch, transformers and the model go into HEADSTART_CACHE (~/.cache/headstart), outside the repository; builds into build/.
-# Four builds: the CUDA kernels, which fail to build when they spill registers (cuda); the core without gRPC under
-# ThreadSanitizer (tsan); the end-to-end tests under AddressSanitizer and UBSan (asan); everything (cpu).
+# torch, transformers and the model go into HEADSTART_CACHE (~/.cache/headstart), outside the repository, while the first
+# builds run; builds go into build/. Four builds: the core without gRPC under ThreadSanitizer (tsan); the end-to-end tests
+# under AddressSanitizer and UBSan (asan); the CUDA kernels, which fail to build when they spill registers (cuda);
+# everything (cpu).
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../deploy/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../deploy/lib.sh"
@@ -14,17 +15,24 @@ cd "$repo_dir"
 install_packages() {
   local packages
   mapfile -t packages <deploy/image/build_packages
-  install_apt_packages "${packages[@]}" clang-format-14 clang-tidy-14 libgtest-dev libgmock-dev openssl prometheus python3
+  install_apt_packages "${packages[@]}" clang-format-14 clang-tidy-14 libgtest-dev libgmock-dev openssl prometheus python3 python3-venv
 }
 
-# Prints the Python of the tests: tests/requirements.txt and the client package as it is now.
+# Makes the Python of the tests: tests/requirements.txt and the client package as it is now.
 prepare_python() {
   local python
   python=$(ensure_venv tests "$repo_dir/tests/requirements.txt")
   say "Installing client/python"
   "$python" -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --force-reinstall ./client/python \
     || die "client/python could not be built"
-  printf '%s\n' "$python"
+}
+
+# Fills HEADSTART_CACHE: the Python of the tests, that of the tools, the model.
+fill_cache() {
+  prepare_python
+  # In a subshell, as above: its lock goes with it.
+  (ensure_venv tools "$repo_dir/deploy/requirements.txt") >/dev/null
+  deploy/models/fetch_smollm2.sh
 }
 
 # Prints the CMake options for the CUDA toolkit that came with the Python packages.
@@ -37,14 +45,15 @@ cuda_options() {
   printf '%s\n' "-DCMAKE_CUDA_COMPILER=$root/bin/nvcc" "-DCUDAToolkit_ROOT=$root"
 }
 
-# build PRESET TARGET [CMAKE OPTION…]
+# build PRESET TARGET [CMAKE OPTION…]: with the files of a target in groups of eight, as the headers of gRPC, protobuf and
+# GoogleTest cost more than the files.
 build() {
   local preset=$1 target=$2
   shift 2
   say "Building $target ($preset)"
   if command -v ccache >/dev/null; then set -- "$@" -DCMAKE_CXX_COMPILER_LAUNCHER=ccache; fi
   mkdir -p build
-  cmake --preset "$preset" "$@" >"build/$preset.log" 2>&1 || { cat "build/$preset.log" >&2; die "cmake failed"; }
+  cmake --preset "$preset" -DCMAKE_UNITY_BUILD=ON "$@" >"build/$preset.log" 2>&1 || { cat "build/$preset.log" >&2; die "cmake failed"; }
   cmake --build "build/$preset" --target "$target"
 }
 
@@ -53,29 +62,29 @@ run_tests() {
   local preset=$1
   shift
   say "Running tests ($preset)"
-  ctest --test-dir "build/$preset" --output-on-failure --no-tests=error "$@"
+  ctest --test-dir "build/$preset" --output-on-failure --no-tests=error -j 2 "$@"
 }
 
 main() {
   # Two tests at a time share the cores: OpenMP threads that wait must not spin.
   export OMP_WAIT_POLICY=passive
   install_packages
-  local python failed=()
-  python=$(prepare_python)
-  # In a subshell, as above: its lock goes with it.
-  (ensure_venv tools "$repo_dir/deploy/requirements.txt") >/dev/null
-  deploy/models/fetch_smollm2.sh >/dev/null
-
+  local python cuda filling failed=()
+  mkdir -p build
+  fill_cache >build/cache.log 2>&1 &
+  filling=$!
   tests/lint.sh || failed+=(lint)
-  local cuda
-  mapfile -t cuda < <(cuda_options "$python")
-  build cuda headstart_cuda_kernels "${cuda[@]}"
   build tsan tests_tsan
   run_tests tsan -L tsan || failed+=(tsan)
   build asan tests_e2e
   run_tests asan -L e2e -LE python || failed+=(asan)
+  say "Waiting for the Python packages and the model"
+  wait "$filling" || { cat build/cache.log >&2; die "the cache could not be filled"; }
+  python=$(ensure_venv tests "$repo_dir/tests/requirements.txt")
+  mapfile -t cuda < <(cuda_options "$python")
+  build cuda headstart_cuda_kernels "${cuda[@]}"
   build cpu all -DHEADSTART_TEST_PYTHON="$python"
-  run_tests cpu -j 2 || failed+=(cpu)
+  run_tests cpu || failed+=(cpu)
   [[ ${#failed[@]} -eq 0 ]] || die "failed: ${failed[*]}"
 }
 

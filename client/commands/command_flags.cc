@@ -1,5 +1,7 @@
 #include "client/commands/command_flags.h"
 
+#include <malloc.h>
+
 #include <cstdio>
 #include <map>
 
@@ -51,6 +53,12 @@ void AddConnectionFlags(CLI::App& app, PrefillClientOptions* options) {
                  "Name expected in the server's certificate");
   AddDurationFlag(app, "--timeout", &options->timeout, "Time for one request, retries included")
       ->default_str(absl::FormatDuration(options->timeout));
+  app.add_option("--connections", options->connections,
+                 "Connections that the KV of a prompt comes on; 0: by its size and the cores")
+      ->check(CLI::Range(0, kMaxConnections))
+      ->capture_default_str();
+  app.add_option("--allow-fetch-host", options->allowed_fetch_hosts,
+                 "Host that the server may name to fetch KV from, besides the target's; * is any");
   app.add_flag("--wait", options->wait_for_ready,
                "Wait for the server to come up, until the timeout");
 }
@@ -112,6 +120,12 @@ std::string PresetName(v1::AttentionPreset preset) {
 }
 
 v1::AttentionPreset PresetNamed(const std::string& name) { return Presets().at(name); }
+
+void KeepReceiveMemory() {
+#ifdef __GLIBC__
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
+#endif
+}
 
 int ReportStatus(const std::string& program, const absl::Status& status) {
   if (status.ok()) return 0;

@@ -12,8 +12,8 @@
 
 namespace headstart {
 
-// --target, TLS files, --timeout, --wait. The values are in `options` once the command line was
-// parsed.
+// --target, TLS files, --timeout, --connections, --wait and so on. The values are in `options` once
+// the command line was parsed.
 void AddConnectionFlags(CLI::App& app, PrefillClientOptions* options);
 
 // A time like 90s or 2m, or a number of seconds; more than nothing.
@@ -29,6 +29,11 @@ void AddAttentionFlags(CLI::App& app, bool with_preset, v1::PrefillRequest* requ
 std::string PresetName(v1::AttentionPreset preset);
 // REQUIRES: one of these names.
 v1::AttentionPreset PresetNamed(const std::string& name);
+
+// Lets malloc keep what gRPC receives messages in. The C library would give it back to the kernel
+// after every message and get it zeroed again for the next: a quarter of the CPU time of receiving.
+// Called once, before anything is received; the library leaves a process's malloc alone.
+void KeepReceiveMemory();
 
 // Prints "PROGRAM: …" to standard error when the status is an error. The exit code of the
 // process: 0, 2 wrong request, 75 try again later, 5 anything else.

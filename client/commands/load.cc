@@ -106,7 +106,7 @@ double Percentile(std::vector<double> values, double share) {
 
 LoadSummary Summarize(const LoadResult& result) {
   LoadSummary summary;
-  std::vector<double> ttft;
+  std::vector<double> ttft, exposed;
   int64_t tokens = 0;
   int64_t kv_bytes = 0;
   for (const LoadSample& sample : result.samples) {
@@ -120,6 +120,8 @@ LoadSummary Summarize(const LoadResult& result) {
     kv_bytes += sample.kv_bytes;
     summary.density += sample.density;
     ttft.push_back(absl::ToDoubleSeconds(sample.ttft));
+    exposed.push_back(absl::ToDoubleSeconds(sample.exposed_transfer));
+    summary.connections = std::max(summary.connections, sample.connections);
   }
   const double wall = absl::ToDoubleSeconds(result.wall);
   if (summary.ok > 0) {
@@ -127,6 +129,7 @@ LoadSummary Summarize(const LoadResult& result) {
     summary.tokens_per_second = static_cast<double>(tokens) / wall;
     summary.kv_gigabytes_per_second = static_cast<double>(kv_bytes) / wall / 1e9;
   }
+  summary.exposed_transfer_p50 = Percentile(std::move(exposed), 0.5);
   summary.ttft_p50 = Percentile(ttft, 0.5);
   summary.ttft_p90 = Percentile(ttft, 0.9);
   summary.ttft_p99 = Percentile(std::move(ttft), 0.99);

@@ -28,6 +28,8 @@ struct LoadSample {
   absl::Duration ttft;  // from when the request was due
   int64_t prompt_tokens = 0;
   int64_t kv_bytes = 0;
+  absl::Duration exposed_transfer;  // what shipping added to the time
+  int connections = 1;              // that the KV came on
   double density = 0;
 };
 
@@ -58,6 +60,8 @@ struct LoadSummary {
   double tokens_per_second = 0;
   double kv_gigabytes_per_second = 0;
   double density = 0;                               // mean
+  double exposed_transfer_p50 = 0;                  // seconds
+  int connections = 0;                              // most of a request
   double ttft_p50 = 0, ttft_p90 = 0, ttft_p99 = 0;  // seconds
 };
 LoadSummary Summarize(const LoadResult& result);

@@ -15,6 +15,7 @@
 #include "client/commands/token_ids.h"
 #include "client/prefill_client.h"
 #include "google/protobuf/util/json_util.h"
+#include "kernels/base/status_macros.h"
 
 namespace headstart {
 namespace {
@@ -26,6 +27,7 @@ struct RequestOptions {
   std::string random;
   std::string model;
   std::string request_id;
+  uint32_t skip_tokens = 0;
   float temperature = 0.0f;
   uint32_t top_k = 0;
   float top_p = 0.0f;
@@ -37,18 +39,18 @@ struct RequestOptions {
 absl::StatusOr<std::vector<uint32_t>> PromptOf(const RequestOptions& options,
                                                const PrefillClient& client) {
   if (options.random.empty()) return ReadTokenIds(options.tokens_file);
-  absl::StatusOr<RandomPrompt> prompt = ParseRandomPrompt(options.random);
-  if (!prompt.ok()) return prompt.status();
-  absl::StatusOr<v1::GetModelInfoResponse> info = client.GetModelInfo(options.model);
-  if (!info.ok()) return info.status();
-  if (info->vocab_size() == 0) return absl::DataLossError("the server's model has no vocabulary");
-  return RandomTokenIds(prompt->count, info->vocab_size(), prompt->seed);
+  HEADSTART_ASSIGN_OR_RETURN(const RandomPrompt prompt, ParseRandomPrompt(options.random));
+  HEADSTART_ASSIGN_OR_RETURN(const v1::GetModelInfoResponse info,
+                             client.GetModelInfo(options.model));
+  if (info.vocab_size() == 0) return absl::DataLossError("the server's model has no vocabulary");
+  return RandomTokenIds(prompt.count, info.vocab_size(), prompt.seed);
 }
 
 v1::PrefillRequest MakeRequest(const RequestOptions& options, const std::vector<uint32_t>& ids) {
   v1::PrefillRequest request = options.request;
   request.set_model(options.model);
   request.set_request_id(options.request_id);
+  request.set_skip_tokens(options.skip_tokens);
   request.mutable_token_ids()->Add(ids.begin(), ids.end());
   v1::SamplingOptions& sampling = *request.mutable_sampling();
   sampling.set_temperature(options.temperature);
@@ -65,7 +67,7 @@ absl::Status WriteFile(const std::filesystem::path& path, const char* data, size
   return file ? absl::OkStatus() : absl::InternalError(absl::StrCat("can't write ", path.string()));
 }
 
-// manifest.json, and kv.bin: [layer][K, V][kv_heads][num_tokens][head_dim].
+// manifest.json, and kv.bin: [layer][K, V][kv_heads][tokens][head_dim].
 absl::Status Save(const std::string& dir, const v1::KvManifest& manifest, const KvBuffer& kv) {
   std::error_code error;
   std::filesystem::create_directories(dir, error);
@@ -78,33 +80,29 @@ absl::Status Save(const std::string& dir, const v1::KvManifest& manifest, const 
     return absl::InternalError("the manifest has no JSON form");
   }
   const std::filesystem::path folder(dir);
-  if (absl::Status s = WriteFile(folder / "manifest.json", json.data(), json.size()); !s.ok())
-    return s;
+  HEADSTART_RETURN_IF_ERROR(WriteFile(folder / "manifest.json", json.data(), json.size()));
   return WriteFile(folder / "kv.bin", reinterpret_cast<const char*>(kv.data.get()), kv.bytes);
 }
 
 // Makes room for the KV when its size is known.
 auto ReceiveInto(KvBuffer* kv) {
   return [kv](const v1::KvManifest&, const KvShape& shape) -> absl::StatusOr<KvDestination> {
-    absl::StatusOr<KvBuffer> memory = AllocateKv(shape);
-    if (!memory.ok()) return memory.status();
-    *kv = *std::move(memory);
+    HEADSTART_ASSIGN_OR_RETURN(*kv, AllocateKv(shape));
     return ContiguousKv(shape, kv->span());
   };
 }
 
 absl::Status RunRequest(const RequestOptions& options) {
-  auto client = PrefillClient::Create(options.client);
-  if (!client.ok()) return client.status();
-  absl::StatusOr<std::vector<uint32_t>> ids = PromptOf(options, **client);
-  if (!ids.ok()) return ids.status();
+  KeepReceiveMemory();
+  HEADSTART_ASSIGN_OR_RETURN(const auto client, PrefillClient::Create(options.client));
+  HEADSTART_ASSIGN_OR_RETURN(const std::vector<uint32_t> ids, PromptOf(options, *client));
   TerminalProgress progress;
   KvReceiverOptions receive;
   progress.Follow(&receive);
   KvBuffer kv;
   if (!options.save_dir.empty()) receive.on_manifest = ReceiveInto(&kv);
   absl::StatusOr<PrefillOutcome> outcome =
-      (*client)->Prefill(MakeRequest(options, *ids), std::move(receive));
+      client->Prefill(MakeRequest(options, ids), std::move(receive));
   progress.Clear();
   if (!outcome.ok()) return outcome.status();
   std::cout << (options.json ? ReportJson(*outcome).dump(2) + "\n" : FormatReport(*outcome))
@@ -128,6 +126,10 @@ void AddRequestCommand(CLI::App& app, std::function<void(int)> set_exit_code) {
   command.add_option("--model", options->model, "Name of the model; empty: the one that is served");
   command.add_option("--request-id", options->request_id,
                      "Name of the request in logs; empty: the server chooses");
+  command
+      .add_option("--skip-tokens", options->skip_tokens,
+                  "Leave out the KV of so many first tokens; less than the prompt has")
+      ->capture_default_str();
   AddAttentionFlags(command, /*with_preset=*/true, &options->request);
   command.add_option("--temperature", options->temperature, "Of the first token; 0 is greedy")
       ->capture_default_str();
@@ -136,7 +138,8 @@ void AddRequestCommand(CLI::App& app, std::function<void(int)> set_exit_code) {
   command.add_option("--seed", options->seed, "Of the first token's draw")->capture_default_str();
   command.add_option(
       "--save", options->save_dir,
-      "Write DIR/manifest.json and DIR/kv.bin, [layer][K, V][kv_heads][num_tokens][head_dim]");
+      "Write DIR/manifest.json and DIR/kv.bin, [layer][K, V][kv_heads][tokens][head_dim] of the "
+      "tokens that are not skipped");
   command.add_flag("--json", options->json, "Print JSON instead of a table");
   command.final_callback([options, set_exit_code = std::move(set_exit_code)] {
     set_exit_code(ReportStatus("headstart request", RunRequest(*options)));

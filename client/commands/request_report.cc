@@ -51,6 +51,14 @@ std::string AlgorithmName(const v1::AttentionProvenance& attention) {
   return absl::AsciiStrToLower(name);
 }
 
+// "below_dense_limit"; empty where there is none.
+std::string DenseReasonName(const v1::AttentionProvenance& attention) {
+  if (attention.dense_reason() == v1::AttentionProvenance::DENSE_REASON_UNSPECIFIED) return "";
+  absl::string_view name = v1::AttentionProvenance::DenseReason_Name(attention.dense_reason());
+  absl::ConsumePrefix(&name, "DENSE_REASON_");
+  return absl::AsciiStrToLower(name);
+}
+
 std::string BudgetName(v1::BudgetRule rule) {
   absl::string_view name = v1::BudgetRule_Name(rule);
   absl::ConsumePrefix(&name, "BUDGET_RULE_");
@@ -60,8 +68,8 @@ std::string BudgetName(v1::BudgetRule rule) {
 std::string DescribeAttention(const v1::AttentionProvenance& attention) {
   const v1::AttentionOptions& options = attention.options();
   std::string text = AlgorithmName(attention);
-  if (!attention.dense_reason().empty())
-    absl::StrAppend(&text, ", ", absl::Utf8SafeCEscape(attention.dense_reason()));
+  if (const std::string reason = DenseReasonName(attention); !reason.empty())
+    absl::StrAppend(&text, ", ", reason);
   if (attention.algorithm() == v1::AttentionProvenance::ALGORITHM_PROXY_ATTN) {
     absl::StrAppendFormat(&text, ", %s: g=%d, stride %d, budget %s, gamma %.2f, floor %d tokens",
                           PresetName(options.preset()), options.num_proxies(), options.stride(),
@@ -86,15 +94,23 @@ std::string FormatTimes(const PrefillOutcome& outcome) {
   return text;
 }
 
+std::string DescribeConnections(const PrefillOutcome& outcome) {
+  std::string text =
+      absl::StrCat(outcome.connections, outcome.connections == 1 ? " connection" : " connections");
+  if (outcome.resumes > 0) absl::StrAppend(&text, " (", outcome.resumes, " times resumed)");
+  return text;
+}
+
 std::string FormatKv(const PrefillOutcome& outcome) {
   const v1::Completed& completed = outcome.completed;
   const v1::KvLayout& layout = completed.manifest().layout();
   return absl::StrFormat(
-      "KV  %.1f MB in %d chunks at %.3f GB/s, first after %.3f s, last after %.3f s\n"
+      "KV  %.1f MB in %d chunks on %s at %.3f GB/s, first after %.3f s, last after %.3f s\n"
       "    %d layers, %d KV heads, head_dim %d, %s\n",
-      completed.kv_bytes() / 1e6, completed.num_chunks(), KvGigabytesPerSecond(outcome),
-      Seconds(outcome.timing.first_chunk), Seconds(outcome.timing.last_chunk), layout.num_layers(),
-      layout.num_kv_heads(), layout.head_dim(), DtypeName(layout.dtype()));
+      completed.kv_bytes() / 1e6, completed.num_chunks(), DescribeConnections(outcome),
+      KvGigabytesPerSecond(outcome), Seconds(outcome.timing.first_chunk),
+      Seconds(outcome.timing.last_chunk), layout.num_layers(), layout.num_kv_heads(),
+      layout.head_dim(), DtypeName(layout.dtype()));
 }
 
 std::string FormatSparsity(const v1::Completed& completed) {
@@ -119,7 +135,7 @@ nlohmann::json AttentionJson(const v1::Completed& completed) {
   const v1::AttentionOptions& options = attention.options();
   const auto& densities = completed.manifest().layer_density();
   return {{"algorithm", AlgorithmName(attention)},
-          {"dense_reason", attention.dense_reason()},
+          {"dense_reason", DenseReasonName(attention)},
           {"preset", PresetName(options.preset())},
           {"num_proxies", options.num_proxies()},
           {"stride", options.stride()},
@@ -141,6 +157,8 @@ nlohmann::json KvJson(const PrefillOutcome& outcome) {
   const v1::KvLayout& layout = outcome.completed.manifest().layout();
   return {{"bytes", outcome.completed.kv_bytes()},
           {"chunks", outcome.completed.num_chunks()},
+          {"connections", outcome.connections},
+          {"resumes", outcome.resumes},
           {"gigabytes_per_second", KvGigabytesPerSecond(outcome)},
           {"num_layers", layout.num_layers()},
           {"num_kv_heads", layout.num_kv_heads()},
@@ -155,6 +173,10 @@ double Density(const v1::Completed& completed) {
   if (statistics.causal_blocks() == 0) return 1.0;
   return static_cast<double>(statistics.executed_blocks()) /
          static_cast<double>(statistics.causal_blocks());
+}
+
+absl::Duration ExposedTransfer(const v1::Completed& completed) {
+  return absl::Seconds(Seconds(completed.statistics().exposed_transfer()));
 }
 
 double KvGigabytesPerSecond(const PrefillOutcome& outcome) {

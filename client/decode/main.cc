@@ -16,6 +16,7 @@
 #include "client/commands/terminal_progress.h"
 #include "client/commands/token_ids.h"
 #include "client/decode/decode_node.h"
+#include "kernels/base/status_macros.h"
 
 namespace headstart {
 namespace {
@@ -91,9 +92,9 @@ absl::Status WriteText(const std::string& path, const std::string& text) {
 }
 
 absl::Status Run(Flags& flags) {
-  absl::StatusOr<std::vector<uint32_t>> ids = ReadTokenIds(flags.tokens_file);
-  if (!ids.ok()) return ids.status();
-  flags.node.request.mutable_token_ids()->Add(ids->begin(), ids->end());
+  KeepReceiveMemory();
+  HEADSTART_ASSIGN_OR_RETURN(const std::vector<uint32_t> ids, ReadTokenIds(flags.tokens_file));
+  flags.node.request.mutable_token_ids()->Add(ids.begin(), ids.end());
   TerminalProgress progress;
   KvReceiverOptions receive;
   progress.Follow(&receive);

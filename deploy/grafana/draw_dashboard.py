@@ -21,7 +21,8 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 HERE = pathlib.Path(__file__).resolve().parent
 MAIN_PANELS = ["Time to first token", "Where the time goes", "Requests by result", "Saturation", "Attention density",
                "Predicted against executed", "Density by layer", "Dense fallbacks", "Blocks run and saved", "KV sent",
-               "Exposed transfer", "Broken streams"]
+               "Exposed transfer", "KV sent before compute ended", "Host memory for KV", "Fetches by result",
+               "Broken streams"]
 COLUMNS = 3
 
 
@@ -96,7 +97,7 @@ def draw_panel(axes, panel, prometheus, end, range_s, window_s):
     if percent:
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.set_ylabel({"percentunit": "", "s": "seconds", "reqps": "per second", "ops": "per second",
-                     "Bps": "bytes per second"}[defaults["unit"]], fontsize=8)
+                     "Bps": "bytes per second", "bytes": "bytes"}[defaults["unit"]], fontsize=8)
     axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=8)

@@ -73,11 +73,12 @@ def panel(title, description, unit, queries, kind="timeseries", width=8, **optio
 
 def service_level():
     ttft = "headstart_time_to_first_token_seconds"
-    parts = {part: total(f"headstart_{part.replace(' ', '_')}_seconds_sum")
-             for part in ("selection", "attention", "other compute", "exposed transfer")}
-    # What is left: the queue's own histogram holds requests that failed later, too.
-    parts = {"queue": f"({' - '.join([total(ttft + '_sum'), *parts.values()])})", **parts}
-    decomposition = [(share(expr, total(ttft + "_count")), part) for part, expr in parts.items()]
+    parts = {"queue": mean("headstart_queue_seconds")}
+    parts |= {part: share(total(f"headstart_{part.replace(' ', '_')}_seconds_sum"), total(ttft + "_count"))
+              for part in ("selection", "attention", "other compute")}
+    # What is left can't be summed up: exposed transfer is measured for every stream, also those of FetchKv.
+    parts["room and shipping"] = f"clamp_min({' - '.join([mean(ttft), *parts.values()])}, 0)"
+    decomposition = [(expr, part) for part, expr in parts.items()]
     return [
         panel("Ready", "Servers that take requests now.", "none",
               [(f"sum(headstart_ready{SELECT})", "ready")], "stat", 3, height=4),
@@ -93,12 +94,13 @@ def service_level():
               "add servers when this exceeds 2 s for each.", "s",
               [('sum(job:headstart_backlog_seconds:sum{job=~"$job"})', "backlog")], "stat", 6, height=4),
         panel("Time to first token", "From accepted to the first token on the wire.", "s", quantiles(ttft), min=0),
-        panel("Where the time goes", "Mean time to first token, split into its parts; they add up.", "s",
+        panel("Where the time goes", "Mean time to first token, split into its parts: the queue (of all whose compute began), "
+              "compute, and what is neither: waits for room and, of KV that is not fetched, exposed transfer.", "s",
               decomposition, fill=60, stack=True, min=0),
         panel("Requests by result", "Requests that ended, by gRPC status code.", "reqps",
               [(total("headstart_requests_total", "code"), "{{code}}")], min=0),
         panel("Errors and refusals", "Share of requests that end with an error of the server, or are refused because "
-              "the queue is full or the deadline out of reach.", "percentunit",
+              "queue or host memory is full or the deadline out of reach.", "percentunit",
               [('job:headstart_server_errors:ratio_rate5m{job=~"$job"}', "errors"),
                ('job:headstart_refused:ratio_rate5m{job=~"$job"}', "refused")], min=0, max=1),
         panel("Error budget burn", "How fast the budget of slow first tokens is spent; 1 uses it up in a month, 14.4 in "
@@ -110,9 +112,11 @@ def service_level():
               [(share(f"sum(headstart_inflight_tokens{SELECT})", f"sum(headstart_queue_limit_tokens{SELECT})"), "tokens"),
                (share(f"sum(headstart_queue_requests{SELECT} + headstart_running_requests{SELECT})",
                       f"sum(headstart_queue_limit_requests{SELECT})"), "requests")], min=0),
-        panel("Queue", "Requests that were accepted and wait, and those that run.", "none",
+        panel("Queue", "Requests that were accepted and wait, those that compute or ship, and those whose KV is kept to be "
+              "fetched.", "none",
               [(f"sum(headstart_queue_requests{SELECT})", "waiting"),
-               (f"sum(headstart_running_requests{SELECT})", "running")], min=0),
+               (f"sum(headstart_running_requests{SELECT} - headstart_kv_leases{SELECT})", "running"),
+               (f"sum(headstart_kv_leases{SELECT})", "kept")], min=0),
         panel("Time in the queue", "From accepted to the start of compute.", "s",
               quantiles("headstart_queue_seconds"), min=0),
     ]
@@ -150,13 +154,33 @@ def sparsity():
 
 
 def kv_shipping():
+    in_use = select('state="used"')
     return [
-        panel("KV sent", "Bytes of KV cache that went to decode nodes.", "Bps",
-              [(total("headstart_kv_bytes_sent_total"), "sent")], min=0),
-        panel("Exposed transfer", "Time that a request's compute stood still because its client had not taken KV.", "s",
-              quantiles("headstart_exposed_transfer_seconds"), min=0),
-        panel("Stalls", "Single waits for a client to take KV, by length.", "s",
-              quantiles("headstart_kv_chunk_stall_seconds"), min=0),
+        panel("KV sent", "Bytes of KV cache that went to decode nodes, by how many stripes a client fetches (1: also what "
+              "Prefill ships).", "Bps", [(total("headstart_kv_bytes_sent_total", "stripes"), "{{stripes}}")], fill=60,
+              stack=True, min=0),
+        panel("Exposed transfer", "From the end of compute until the client's connection had taken the last KV, by stream.",
+              "s", quantiles("headstart_exposed_transfer_seconds"), min=0),
+        panel("KV sent before compute ended", "Share of a stream's KV that was hidden behind compute; 1 is all of it.",
+              "percentunit", [(mean("headstart_kv_overlap_ratio"), "mean"), *quantiles("headstart_kv_overlap_ratio")],
+              min=0, max=1),
+        panel("Host memory for KV", "The window through which KV leaves: what is in use, and how much there is.", "bytes",
+              [(f"sum by (instance) (headstart_host_kv_bytes{in_use})", "{{instance}} in use"),
+               (f"sum by (instance) (headstart_host_kv_bytes{SELECT})", "{{instance}} in all")], min=0),
+        panel("Requests without room", "Requests that do not compute now because the window is full of KV that nobody has "
+              "taken.", "none", [(f"sum by (instance) (headstart_kv_room_waiting_requests{SELECT})", "{{instance}}")],
+              min=0),
+        panel("Waits for room", "How long requests waited for room in the window, of those that had to wait.", "s",
+              quantiles("headstart_kv_room_wait_seconds"), min=0),
+        panel("Detached KV", "Computed prompts whose KV is kept to be fetched, and streams that fetch now.", "none",
+              [(f"sum(headstart_kv_leases{SELECT})", "kept"), (f"sum(headstart_kv_fetch_streams{SELECT})", "streams")],
+              min=0),
+        panel("Fetches by result", "FetchKv calls that ended, by gRPC status code, and those that went on where another had "
+              "broken.", "reqps", [(total("headstart_kv_fetches_total", "code"), "{{code}}"),
+                                   (total("headstart_kv_resumes_total"), "went on")], min=0),
+        panel("Expired leases", "Share of the accepted requests whose KV was given up because nobody asked for it any more.",
+              "percentunit", [(share(total("headstart_kv_leases_expired_total"),
+                                     total("headstart_tickets_acquired_total")), "expired")], min=0),
         panel("Broken streams", "KV streams that ended before the last chunk, by reason.", "reqps",
               [(total("headstart_kv_transfer_failures_total", "reason"), "{{reason}}")], min=0),
         panel("Time to the first chunk", "From accepted to the first KV on the wire.", "s",

@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "engine/run/decoder.h"
 #include "engine/run/kv_cache.h"
+#include "engine/run/request_slot.h"
 #include "kernels/base/status_macros.h"
 
 namespace headstart {
@@ -20,6 +22,7 @@ struct DecodeSession::State {
   std::unique_ptr<Backend> backend;
   ModelWeights weights;
   KvCache kv;
+  std::optional<RequestSlot> slot;
   std::unique_ptr<Decoder> decoder;
   int64_t num_tokens = 0;
   std::vector<bool> has_layer;
@@ -53,12 +56,10 @@ absl::StatusOr<std::unique_ptr<DecodeSession>> DecodeSession::Create(
       state->weights, LoadWeights(config, *files, *state->backend, state->max_tokens, progress));
   const int64_t num_pages = NumBlocks(state->max_tokens);
   HEADSTART_ASSIGN_OR_RETURN(state->kv, KvCache::Create(config, num_pages, *state->backend));
-  // There is one sequence only: it has all pages, in order.
-  std::vector<int32_t> pages(static_cast<size_t>(num_pages));
-  std::iota(pages.begin(), pages.end(), 0);
-  HEADSTART_RETURN_IF_ERROR(state->kv.Bind(pages, *state->backend));
-  HEADSTART_ASSIGN_OR_RETURN(state->decoder, Decoder::Create(config, state->weights, state->kv,
-                                                             /*max_rows=*/1, *state->backend));
+  HEADSTART_ASSIGN_OR_RETURN(state->slot, RequestSlot::Create(config, num_pages, *state->backend));
+  HEADSTART_ASSIGN_OR_RETURN(state->decoder,
+                             Decoder::Create(config, state->weights, state->kv, /*max_rows=*/1,
+                                             /*max_pieces=*/1, *state->backend));
   std::unique_ptr<DecodeSession> session(new DecodeSession(std::move(state)));
   HEADSTART_RETURN_IF_ERROR(session->StartSequence(0));
   return session;
@@ -76,8 +77,11 @@ absl::Status DecodeSession::StartSequence(int64_t num_tokens) {
   // An empty sequence lacks nothing.
   state_->has_layer.assign(static_cast<size_t>(state_->config.num_layers), num_tokens == 0);
   state_->logits = {};
-  state_->backend->ResetStats(state_->config.num_layers);
-  return state_->decoder->StartSequence();
+  HEADSTART_RETURN_IF_ERROR(state_->backend->TakeTimes().status());  // forgets them
+  // There is one sequence only: it has all pages, in order.
+  std::vector<int32_t> pages(static_cast<size_t>(NumBlocks(state_->max_tokens)));
+  std::iota(pages.begin(), pages.end(), 0);
+  return state_->slot->Start(pages);
 }
 
 absl::Status DecodeSession::ImportLayer(int32_t layer, absl::Span<const std::byte> keys,
@@ -137,15 +141,17 @@ absl::StatusOr<SampledToken> DecodeSession::Step(int32_t token_id) {
   if (s.num_tokens >= s.max_tokens) {
     return absl::OutOfRangeError(absl::StrCat("the sequence has max_tokens=", s.max_tokens));
   }
-  Chunk chunk;
-  chunk.token_ids = absl::MakeConstSpan(&token_id, 1);
-  chunk.first_position = s.num_tokens;
-  HEADSTART_RETURN_IF_ERROR(s.decoder->Embed(chunk));
+  DecoderInput piece;
+  piece.token_ids = absl::MakeConstSpan(&token_id, 1);
+  piece.first_position = s.num_tokens;
+  piece.slot = &*s.slot;
+  const absl::Span<const DecoderInput> pieces(&piece, 1);
+  HEADSTART_RETURN_IF_ERROR(s.decoder->Embed(pieces));
   for (int32_t layer = 0; layer < s.config.num_layers; ++layer) {
-    HEADSTART_RETURN_IF_ERROR(s.decoder->RunLayer(layer, chunk));
+    HEADSTART_RETURN_IF_ERROR(s.decoder->RunLayer(layer, pieces));
   }
-  HEADSTART_RETURN_IF_ERROR(s.decoder->RunHead(chunk));
-  HEADSTART_ASSIGN_OR_RETURN(s.logits, s.decoder->Logits());
+  HEADSTART_RETURN_IF_ERROR(s.decoder->RunHead(pieces));
+  HEADSTART_ASSIGN_OR_RETURN(s.logits, s.decoder->Logits(/*prompt=*/0));
   ++s.num_tokens;
   return SampleToken(s.logits, SamplingOptions{});
 }

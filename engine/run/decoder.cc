@@ -16,47 +16,75 @@ Matrix View(const Buffer& buffer, DType dtype, int64_t rows, int64_t cols) {
   return {buffer.data(), dtype, rows, cols, cols};
 }
 
+// From one row of logits to the next, in elements: backends want rows on 16 bytes.
+int64_t LogitsStride(const ModelConfig& config) { return (int64_t{config.vocab_size} + 3) / 4 * 4; }
+
 // Bytes of each activation buffer, in the order of the members of Decoder.
 struct ActivationSizes {
-  int64_t hidden, normed, qkv, attended, gate_up, activated, logits, budget_ratio;
+  int64_t hidden, normed, qkv, attended, gate_up, activated, logits;
 
-  ActivationSizes(const ModelConfig& c, DType compute, DType residual, int64_t max_rows) {
+  ActivationSizes(const ModelConfig& c, DType compute, DType residual, int64_t max_rows,
+                  int64_t max_pieces) {
     const int64_t bytes = DTypeBytes(compute);
     const int64_t ffn_rows = std::min(max_rows, kFfnRows);
-    const int64_t f32 = DTypeBytes(DType::kF32);
     hidden = max_rows * c.hidden_size * DTypeBytes(residual);
     normed = max_rows * c.hidden_size * bytes;
     qkv = max_rows * c.heads.qkv_cols() * bytes;
     attended = max_rows * c.heads.num_heads * c.heads.head_dim * bytes;
     gate_up = ffn_rows * 2 * c.intermediate_size * bytes;
     activated = ffn_rows * c.intermediate_size * bytes;
-    logits = c.vocab_size * f32;
-    budget_ratio = int64_t{c.num_layers} * c.heads.num_heads * f32;
+    logits = max_pieces * LogitsStride(c) * DTypeBytes(DType::kF32);
   }
-  int64_t Sum() const {
-    return hidden + normed + qkv + attended + gate_up + activated + logits + budget_ratio;
-  }
+  int64_t Sum() const { return hidden + normed + qkv + attended + gate_up + activated + logits; }
 };
+
+int64_t RowsOf(absl::Span<const DecoderInput> pieces) {
+  int64_t rows = 0;
+  for (const DecoderInput& piece : pieces) rows += piece.num_tokens();
+  return rows;
+}
+
+SequenceRows SequenceRowsOf(const DecoderInput& piece, int64_t first_row) {
+  return {first_row, piece.num_tokens(), piece.first_position, piece.slot->page_table()};
+}
+
+// Behind the last layer nothing is read but the row of a prompt's last token, so of its rows only
+// the last block goes on: these come before it.
+int64_t RowsBeforeLastBlock(const DecoderInput& piece) {
+  return (piece.num_tokens() - 1) / kBlockTokens * kBlockTokens;
+}
+
+// All but the first `count` rows.
+SequenceRows Behind(const SequenceRows& rows, int64_t count) {
+  return {rows.first_row + count, rows.num_rows - count, rows.first_position + count,
+          rows.page_table};
+}
+
+bool RunsDense(const DecoderInput& piece, int32_t layer) {
+  if (piece.proxy_attn == nullptr) return true;
+  const std::vector<int32_t>& layers = piece.proxy_attn->dense_layers;
+  return std::find(layers.begin(), layers.end(), layer) != layers.end();
+}
 
 }  // namespace
 
 int64_t ActivationBytes(const ModelConfig& config, DType compute_dtype, DType residual_dtype,
-                        int64_t max_rows) {
-  return ActivationSizes(config, compute_dtype, residual_dtype, max_rows).Sum();
+                        int64_t max_rows, int64_t max_pieces) {
+  return ActivationSizes(config, compute_dtype, residual_dtype, max_rows, max_pieces).Sum();
 }
 
 absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(const ModelConfig& config,
                                                          const ModelWeights& weights,
                                                          const KvCache& kv, int64_t max_rows,
-                                                         Backend& backend) {
+                                                         int64_t max_pieces, Backend& backend) {
   std::unique_ptr<Decoder> decoder(new Decoder(config, weights, kv, backend));
-  HEADSTART_RETURN_IF_ERROR(decoder->Allocate(max_rows));
+  HEADSTART_RETURN_IF_ERROR(decoder->Allocate(max_rows, max_pieces));
   return decoder;
 }
 
-absl::Status Decoder::Allocate(int64_t max_rows) {
+absl::Status Decoder::Allocate(int64_t max_rows, int64_t max_pieces) {
   const ActivationSizes sizes(config_, backend_.compute_dtype(), backend_.residual_dtype(),
-                              max_rows);
+                              max_rows, max_pieces);
   HEADSTART_ASSIGN_OR_RETURN(hidden_, backend_.Allocate(sizes.hidden));
   HEADSTART_ASSIGN_OR_RETURN(normed_, backend_.Allocate(sizes.normed));
   HEADSTART_ASSIGN_OR_RETURN(qkv_, backend_.Allocate(sizes.qkv));
@@ -64,59 +92,56 @@ absl::Status Decoder::Allocate(int64_t max_rows) {
   HEADSTART_ASSIGN_OR_RETURN(gate_up_, backend_.Allocate(sizes.gate_up));
   HEADSTART_ASSIGN_OR_RETURN(activated_, backend_.Allocate(sizes.activated));
   HEADSTART_ASSIGN_OR_RETURN(logits_, backend_.Allocate(sizes.logits));
-  HEADSTART_ASSIGN_OR_RETURN(budget_ratio_, backend_.Allocate(sizes.budget_ratio));
   host_logits_.resize(static_cast<size_t>(config_.vocab_size));
   return absl::OkStatus();
 }
 
-absl::Status Decoder::StartSequence() {
-  const std::vector<float> zeros(static_cast<size_t>(budget_ratio_.bytes()) / sizeof(float));
-  return backend_.Upload(zeros.data(), budget_ratio_.bytes(), budget_ratio_.data());
+absl::Status Decoder::Embed(absl::Span<const DecoderInput> pieces) {
+  const Matrix hidden = Hidden(RowsOf(pieces));
+  int64_t row = 0;
+  for (const DecoderInput& piece : pieces) {
+    HEADSTART_RETURN_IF_ERROR(
+        backend_.Embed(piece.token_ids, weights_.embedding, hidden.Rows(row, piece.num_tokens())));
+    row += piece.num_tokens();
+  }
+  return absl::OkStatus();
 }
 
-absl::Status Decoder::Embed(const Chunk& chunk) {
-  const auto rows = static_cast<int64_t>(chunk.token_ids.size());
-  return backend_.Embed(chunk.token_ids, weights_.embedding,
-                        View(hidden_, backend_.residual_dtype(), rows, config_.hidden_size));
-}
-
-absl::Status Decoder::RunLayer(int32_t layer, const Chunk& chunk) {
+absl::Status Decoder::RunLayer(int32_t layer, absl::Span<const DecoderInput> pieces) {
   const LayerWeights& w = weights_.layers[layer];
-  HEADSTART_RETURN_IF_ERROR(RunQkv(w, layer, chunk));
-
-  // Behind the last layer nothing is read but the row of the last token, so of its rows only the
-  // last block goes on, and that only where the prompt ends.
-  const auto num_rows = static_cast<int64_t>(chunk.token_ids.size());
-  const bool is_last = layer + 1 == config_.num_layers;
-  if (is_last && !chunk.ends_prompt) return absl::OkStatus();
-  const int64_t first = is_last ? (num_rows - 1) / kBlockTokens * kBlockTokens : 0;
-  const int64_t rows = num_rows - first;
-
-  const DType compute = backend_.compute_dtype();
-  const Matrix x =
-      View(hidden_, backend_.residual_dtype(), num_rows, config_.hidden_size).Rows(first, rows);
-  const Matrix attended =
-      View(attended_, compute, rows, int64_t{config_.heads.num_heads} * config_.heads.head_dim);
-  const Matrix normed = View(normed_, compute, rows, config_.hidden_size);
-  HEADSTART_RETURN_IF_ERROR(RunAttention(layer, chunk, first, attended));
-  HEADSTART_RETURN_IF_ERROR(backend_.Linear(*w.output, attended, x, LinearOutput::kAdd));
-  HEADSTART_RETURN_IF_ERROR(
-      backend_.RmsNorm(x, w.post_attention_norm, config_.rms_norm_eps, normed));
-  return RunFfn(w, x, normed);
+  HEADSTART_RETURN_IF_ERROR(RunQkv(w, layer, pieces));
+  HEADSTART_RETURN_IF_ERROR(RunAttention(layer, pieces));
+  if (layer + 1 < config_.num_layers) return RunRest(w, 0, RowsOf(pieces));
+  int64_t row = 0;
+  for (const DecoderInput& piece : pieces) {
+    if (piece.ends_prompt) {
+      const int64_t skipped = RowsBeforeLastBlock(piece);
+      HEADSTART_RETURN_IF_ERROR(RunRest(w, row + skipped, piece.num_tokens() - skipped));
+    }
+    row += piece.num_tokens();
+  }
+  return absl::OkStatus();
 }
 
-// Q, K and V of the chunk; K and V go to the cache.
-absl::Status Decoder::RunQkv(const LayerWeights& w, int32_t layer, const Chunk& chunk) {
-  const auto rows = static_cast<int64_t>(chunk.token_ids.size());
+// Q, K and V of the pieces; K and V go to the cache.
+absl::Status Decoder::RunQkv(const LayerWeights& w, int32_t layer,
+                             absl::Span<const DecoderInput> pieces) {
+  const int64_t rows = RowsOf(pieces);
   const DType compute = backend_.compute_dtype();
-  const Matrix x = View(hidden_, backend_.residual_dtype(), rows, config_.hidden_size);
   const Matrix normed = View(normed_, compute, rows, config_.hidden_size);
   const Matrix qkv = View(qkv_, compute, rows, config_.heads.qkv_cols());
-  HEADSTART_RETURN_IF_ERROR(backend_.RmsNorm(x, w.input_norm, config_.rms_norm_eps, normed));
+  HEADSTART_RETURN_IF_ERROR(
+      backend_.RmsNorm(Hidden(rows), w.input_norm, config_.rms_norm_eps, normed));
   HEADSTART_RETURN_IF_ERROR(backend_.Linear(*w.qkv, normed, qkv, LinearOutput::kStore));
+  std::vector<RopeSequence> sequences;
+  int64_t row = 0;
+  for (const DecoderInput& piece : pieces) {
+    sequences.push_back({SequenceRowsOf(piece, row), piece.slot->not_finite(layer)});
+    row += piece.num_tokens();
+  }
   RopeArgs rope;
   rope.qkv = qkv;
-  rope.first_position = chunk.first_position;
+  rope.sequences = sequences;
   rope.rope = weights_.rope.get();
   rope.q_norm = config_.qk_norm ? &w.q_norm : nullptr;
   rope.k_norm = config_.qk_norm ? &w.k_norm : nullptr;
@@ -125,33 +150,46 @@ absl::Status Decoder::RunQkv(const LayerWeights& w, int32_t layer, const Chunk& 
   return backend_.RopeAndStoreKv(rope);
 }
 
-// Attention of the chunk's rows from `first_row` (a multiple of kBlockTokens) on.
-absl::Status Decoder::RunAttention(int32_t layer, const Chunk& chunk, int64_t first_row,
-                                   Matrix out) {
-  const HeadShape& heads = config_.heads;
-  const Matrix q = View(qkv_, backend_.compute_dtype(), first_row + out.rows, heads.qkv_cols())
-                       .Rows(first_row, out.rows)
-                       .Cols(0, int64_t{heads.num_heads} * heads.head_dim);
-  AttentionArgs attention;
-  attention.q = q;
-  attention.first_position = chunk.first_position + first_row;
-  attention.kv = kv_.Layer(layer);
-  attention.layer = layer;
-  attention.out = out;
-  attention.selected = chunk.proxy_attn != nullptr;
-  if (attention.selected) {
-    SelectArgs select;
-    select.q = q;
-    select.first_position = attention.first_position;
-    select.kv = attention.kv;
-    select.layer = layer;
-    select.ends_prompt = chunk.ends_prompt;
-    select.options = chunk.proxy_attn;
-    select.budget_ratio =
-        static_cast<float*>(budget_ratio_.data()) + int64_t{layer} * heads.num_heads;
-    HEADSTART_RETURN_IF_ERROR(backend_.SelectBlocks(select));
+// Attention of the pieces' rows that go on behind this layer.
+absl::Status Decoder::RunAttention(int32_t layer, absl::Span<const DecoderInput> pieces) {
+  const bool is_last = layer + 1 == config_.num_layers;
+  std::vector<AttentionSequence> sequences;
+  int64_t row = 0;
+  for (const DecoderInput& piece : pieces) {
+    AttentionSequence sequence;
+    sequence.rows = SequenceRowsOf(piece, row);
+    row += piece.num_tokens();
+    if (is_last && !piece.ends_prompt) continue;
+    if (is_last) sequence.rows = Behind(sequence.rows, RowsBeforeLastBlock(piece));
+    sequence.proxy_attn = RunsDense(piece, layer) ? nullptr : piece.proxy_attn;
+    sequence.ends_prompt = piece.ends_prompt;
+    sequence.budget_ratio = piece.slot->budget_ratio(layer);
+    sequence.counts = piece.slot->counts(layer);
+    sequences.push_back(sequence);
   }
+  if (sequences.empty()) return absl::OkStatus();
+  const HeadShape& heads = config_.heads;
+  const int64_t cols = int64_t{heads.num_heads} * heads.head_dim;
+  AttentionArgs attention;
+  attention.q = View(qkv_, backend_.compute_dtype(), row, heads.qkv_cols()).Cols(0, cols);
+  attention.out = View(attended_, backend_.compute_dtype(), row, cols);
+  attention.kv = kv_.Layer(layer);
+  attention.sequences = sequences;
   return backend_.Attention(attention);
+}
+
+// What follows attention, of rows [first_row, first_row + num_rows).
+absl::Status Decoder::RunRest(const LayerWeights& w, int64_t first_row, int64_t num_rows) {
+  const DType compute = backend_.compute_dtype();
+  const int64_t end = first_row + num_rows;
+  const int64_t cols = int64_t{config_.heads.num_heads} * config_.heads.head_dim;
+  const Matrix x = Hidden(end).Rows(first_row, num_rows);
+  const Matrix attended = View(attended_, compute, end, cols).Rows(first_row, num_rows);
+  const Matrix normed = View(normed_, compute, num_rows, config_.hidden_size);
+  HEADSTART_RETURN_IF_ERROR(backend_.Linear(*w.output, attended, x, LinearOutput::kAdd));
+  HEADSTART_RETURN_IF_ERROR(
+      backend_.RmsNorm(x, w.post_attention_norm, config_.rms_norm_eps, normed));
+  return RunFfn(w, x, normed);
 }
 
 // x += down(silu(gate(normed)) * up(normed)), a slice of rows at a time.
@@ -170,21 +208,38 @@ absl::Status Decoder::RunFfn(const LayerWeights& w, Matrix x, Matrix normed) {
   return absl::OkStatus();
 }
 
-absl::Status Decoder::RunHead(const Chunk& chunk) {
-  HEADSTART_CHECK(chunk.ends_prompt);
-  const auto rows = static_cast<int64_t>(chunk.token_ids.size());
-  const Matrix x =
-      View(hidden_, backend_.residual_dtype(), rows, config_.hidden_size).Rows(rows - 1, 1);
+absl::Status Decoder::RunHead(absl::Span<const DecoderInput> pieces) {
+  const Matrix hidden = Hidden(RowsOf(pieces));
   const Matrix normed = View(normed_, backend_.compute_dtype(), 1, config_.hidden_size);
-  const Matrix logits = View(logits_, DType::kF32, 1, config_.vocab_size);
-  HEADSTART_RETURN_IF_ERROR(backend_.RmsNorm(x, weights_.final_norm, config_.rms_norm_eps, normed));
-  return backend_.Linear(*weights_.lm_head, normed, logits, LinearOutput::kStore);
+  int64_t end = 0, prompt = 0;
+  for (const DecoderInput& piece : pieces) {
+    end += piece.num_tokens();
+    if (!piece.ends_prompt) continue;
+    // One at a time: a row's logits must not depend on how many there are.
+    HEADSTART_RETURN_IF_ERROR(backend_.RmsNorm(hidden.Rows(end - 1, 1), weights_.final_norm,
+                                               config_.rms_norm_eps, normed));
+    HEADSTART_RETURN_IF_ERROR(
+        backend_.Linear(*weights_.lm_head, normed, LogitsOf(prompt++), LinearOutput::kStore));
+  }
+  return absl::OkStatus();
 }
 
-absl::StatusOr<absl::Span<const float>> Decoder::Logits() {
-  HEADSTART_RETURN_IF_ERROR(
-      backend_.Download(logits_.data(), logits_.bytes(), host_logits_.data()));
+absl::StatusOr<absl::Span<const float>> Decoder::Logits(int64_t prompt) {
+  HEADSTART_RETURN_IF_ERROR(backend_.Download(
+      LogitsOf(prompt).data, config_.vocab_size * DTypeBytes(DType::kF32), host_logits_.data()));
   return absl::MakeConstSpan(host_logits_);
+}
+
+Matrix Decoder::LogitsOf(int64_t prompt) const {
+  const int64_t stride = LogitsStride(config_);
+  const int64_t max_pieces = logits_.bytes() / (stride * DTypeBytes(DType::kF32));
+  HEADSTART_CHECK(prompt < max_pieces);
+  return Matrix{logits_.data(), DType::kF32, max_pieces, config_.vocab_size, stride}.Rows(prompt,
+                                                                                          1);
+}
+
+Matrix Decoder::Hidden(int64_t rows) const {
+  return View(hidden_, backend_.residual_dtype(), rows, config_.hidden_size);
 }
 
 }  // namespace headstart

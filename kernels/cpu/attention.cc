@@ -20,10 +20,9 @@ constexpr int64_t kMaxDirectRows = 4;
 constexpr int64_t kManyTilesPerThread = 16;
 constexpr int64_t kSmallTileRows = 32;
 
-int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-const char* PageOf(const KvPages& kv, int64_t block, int32_t kv_head, bool values) {
-  const int64_t elements = kv.page_table[block] * kv.page_elements() +
+const char* PageOf(const SequenceAttention& args, int64_t block, int32_t kv_head, bool values) {
+  const KvPages& kv = args.kv;
+  const int64_t elements = args.page_table[block] * kv.page_elements() +
                            (values ? kv.plane_elements() : 0) +
                            int64_t{kv_head} * kBlockTokens * kv.shape.head_dim;
   return static_cast<const char*>(kv.pages) + elements * DTypeBytes(kv.dtype);
@@ -62,10 +61,9 @@ int64_t NumSplits(int64_t num_tokens) {
 
 }  // namespace
 
-absl::Status CpuAttention::Run(const AttentionArgs& args, const BlockSelection* selection,
-                               LayerStats& stats) {
-  if (selection == nullptr && args.q.rows <= kMaxDirectRows) return RunRows(args, stats);
-  return RunTiles(args, selection, stats);
+absl::Status CpuAttention::Run(const SequenceAttention& args, const BlockSelection* selection) {
+  if (selection == nullptr && args.q.rows <= kMaxDirectRows) return RunRows(args);
+  return RunTiles(args, selection);
 }
 
 int64_t CpuAttention::PackedBytes(const HeadShape& shape, int64_t num_tokens) const {
@@ -88,8 +86,7 @@ int64_t CpuAttention::PlanScratchBytes(const HeadShape& shape, int64_t num_token
          PartialsBytes(shape, kMaxDirectRows, num_tokens);
 }
 
-void CpuAttention::ListTiles(const AttentionArgs& args, const BlockSelection* selection,
-                             LayerStats& stats) {
+void CpuAttention::ListTiles(const SequenceAttention& args, const BlockSelection* selection) {
   const int32_t num_heads = args.kv.shape.num_heads;
   const bool few = NumBlocks(args.q.rows) * num_heads < kManyTilesPerThread * num_threads_;
   const int64_t tile_rows = few ? kSmallTileRows : kBlockTokens;
@@ -99,8 +96,6 @@ void CpuAttention::ListTiles(const AttentionArgs& args, const BlockSelection* se
     const int64_t causal = NumBlocks(args.first_position + block_end);
     for (int32_t head = 0; head < num_heads; ++head) {
       const int64_t kept = selection == nullptr ? causal : selection->Count(head, causal - 1);
-      stats.executed_blocks += kept;
-      stats.causal_blocks += causal;
       for (int64_t row = block_row; row < block_end; row += tile_rows) {
         const int64_t num_rows = std::min(tile_rows, block_end - row);
         const int64_t seen = NumBlocks(args.first_position + row + num_rows);
@@ -113,9 +108,9 @@ void CpuAttention::ListTiles(const AttentionArgs& args, const BlockSelection* se
                    [](const Tile& a, const Tile& b) { return a.num_blocks > b.num_blocks; });
 }
 
-void CpuAttention::PackPages(const AttentionArgs& args, char* packed) const {
+void CpuAttention::PackPages(const SequenceAttention& args, char* packed) const {
   const HeadShape& shape = args.kv.shape;
-  const int64_t num_tokens = args.first_position + args.q.rows;
+  const int64_t num_tokens = args.num_tokens();
   const int64_t num_blocks = NumBlocks(num_tokens);
   const int64_t page_bytes = kernels_.packed_page_bytes(shape.head_dim);
   ParallelFor(num_threads_, shape.num_kv_heads * num_blocks, [&](int64_t i, int32_t) {
@@ -123,16 +118,16 @@ void CpuAttention::PackPages(const AttentionArgs& args, char* packed) const {
     const int64_t block = i % num_blocks;
     const int64_t tokens = std::min(kBlockTokens, num_tokens - block * kBlockTokens);
     char* k = packed + i * 2 * page_bytes;
-    kernels_.pack_k(PageOf(args.kv, block, kv_head, false), tokens, shape.head_dim, k);
-    kernels_.pack_v(PageOf(args.kv, block, kv_head, true), tokens, shape.head_dim, k + page_bytes);
+    kernels_.pack_k(PageOf(args, block, kv_head, false), tokens, shape.head_dim, k);
+    kernels_.pack_v(PageOf(args, block, kv_head, true), tokens, shape.head_dim, k + page_bytes);
   });
 }
 
-void CpuAttention::RunTile(const AttentionArgs& args, const BlockSelection* selection,
+void CpuAttention::RunTile(const SequenceAttention& args, const BlockSelection* selection,
                            const Tile& tile, const char* packed, char* scratch) const {
   const HeadShape& shape = args.kv.shape;
   const int64_t page_bytes = kernels_.packed_page_bytes(shape.head_dim);
-  const int64_t pages = NumBlocks(args.first_position + args.q.rows);
+  const int64_t pages = NumBlocks(args.num_tokens());
   const int64_t first_col = int64_t{tile.head} * shape.head_dim;
 
   simd::TileArgs t;
@@ -160,24 +155,24 @@ void CpuAttention::RunTile(const AttentionArgs& args, const BlockSelection* sele
   kernels_.tile(t);
 }
 
-absl::Status CpuAttention::RunTiles(const AttentionArgs& args, const BlockSelection* selection,
-                                    LayerStats& stats) {
+absl::Status CpuAttention::RunTiles(const SequenceAttention& args,
+                                    const BlockSelection* selection) {
   const HeadShape& shape = args.kv.shape;
-  const int64_t num_tokens = args.first_position + args.q.rows;
+  const int64_t num_tokens = args.num_tokens();
   const int64_t scratch_bytes = TileScratchBytes(shape, num_tokens);
   HEADSTART_ASSIGN_OR_RETURN(char* const packed, packed_.Get(PackedBytes(shape, num_tokens)));
   HEADSTART_ASSIGN_OR_RETURN(char* const scratch, tile_scratch_.Get(num_threads_ * scratch_bytes));
   PackPages(args, packed);
-  ListTiles(args, selection, stats);
+  ListTiles(args, selection);
   ParallelFor(num_threads_, static_cast<int64_t>(tiles_.size()), [&](int64_t i, int32_t thread) {
     RunTile(args, selection, tiles_[i], packed, scratch + thread * scratch_bytes);
   });
   return absl::OkStatus();
 }
 
-absl::Status CpuAttention::RunRows(const AttentionArgs& args, LayerStats& stats) {
+absl::Status CpuAttention::RunRows(const SequenceAttention& args) {
   const HeadShape& shape = args.kv.shape;
-  const int64_t tokens = args.first_position + args.q.rows;
+  const int64_t tokens = args.num_tokens();
   const int64_t splits = NumSplits(tokens);
   const int64_t group = shape.group_size();
   const int64_t partial_size = PartialSize(shape);
@@ -198,6 +193,7 @@ absl::Status CpuAttention::RunRows(const AttentionArgs& args, LayerStats& stats)
     r.group_size = group;
     r.head_dim = shape.head_dim;
     r.kv = &args.kv;
+    r.page_table = args.page_table;
     r.partial = partials + i * group * partial_size;
     kernels_.row(r);
   });
@@ -214,8 +210,6 @@ absl::Status CpuAttention::RunRows(const AttentionArgs& args, LayerStats& stats)
       }
     }
   }
-  stats.executed_blocks += shape.num_heads * NumBlocks(tokens);
-  stats.causal_blocks += shape.num_heads * NumBlocks(tokens);
   return absl::OkStatus();
 }
 

@@ -5,9 +5,9 @@
 #include <vector>
 
 #include "absl/status/status.h"
-#include "kernels/backend.h"
 #include "kernels/cpu/memory.h"
 #include "kernels/cpu/simd/kernel_table.h"
+#include "kernels/op_args.h"
 
 namespace headstart {
 
@@ -21,10 +21,9 @@ class CpuAttention {
   CpuAttention(const simd::AttentionKernels& kernels, int32_t num_threads)
       : kernels_(kernels), num_threads_(num_threads) {}
 
-  // `selection` is null for dense attention. Adds the blocks that ran to `stats`.
-  // RESOURCE_EXHAUSTED when working memory is short: that of one layer's K and V, and a tile per
-  // thread.
-  absl::Status Run(const AttentionArgs& args, const BlockSelection* selection, LayerStats& stats);
+  // `selection` is null for dense attention. RESOURCE_EXHAUSTED when working memory is short: that
+  // of one layer's K and V, and a tile per thread.
+  absl::Status Run(const SequenceAttention& args, const BlockSelection* selection);
 
   // Working memory once sequences of `num_tokens` tokens have run.
   int64_t PlanScratchBytes(const HeadShape& shape, int64_t num_tokens) const;
@@ -45,12 +44,11 @@ class CpuAttention {
   int64_t TileScratchBytes(const HeadShape& shape, int64_t num_tokens) const;
   static int64_t PartialsBytes(const HeadShape& shape, int64_t num_rows, int64_t num_tokens);
 
-  absl::Status RunTiles(const AttentionArgs& args, const BlockSelection* selection,
-                        LayerStats& stats);
-  absl::Status RunRows(const AttentionArgs& args, LayerStats& stats);
-  void ListTiles(const AttentionArgs& args, const BlockSelection* selection, LayerStats& stats);
-  void PackPages(const AttentionArgs& args, char* packed) const;
-  void RunTile(const AttentionArgs& args, const BlockSelection* selection, const Tile& tile,
+  absl::Status RunTiles(const SequenceAttention& args, const BlockSelection* selection);
+  absl::Status RunRows(const SequenceAttention& args);
+  void ListTiles(const SequenceAttention& args, const BlockSelection* selection);
+  void PackPages(const SequenceAttention& args, char* packed) const;
+  void RunTile(const SequenceAttention& args, const BlockSelection* selection, const Tile& tile,
                const char* packed, char* scratch) const;
 
   const simd::AttentionKernels& kernels_;

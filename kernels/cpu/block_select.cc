@@ -4,7 +4,7 @@
 #include <bit>
 #include <numeric>
 
-#include "kernels/select_args.h"
+#include "kernels/op_args.h"
 
 namespace headstart {
 namespace {

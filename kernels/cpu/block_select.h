@@ -32,7 +32,7 @@ void OrderByMass(int64_t num_blocks, const float* mass, uint64_t* keys, int32_t*
 int32_t BlocksToReach(float gamma, const float* mass, absl::Span<const int32_t> order);
 
 // Budget of a head whose last row wants `wanted` of num_blocks key blocks: raises `ratio` (what
-// earlier chunks wanted) and applies the floor.
+// earlier pieces wanted) and applies the floor.
 int64_t HeadBudget(const ProxyAttnOptions& options, int32_t wanted, int64_t num_blocks,
                    float& ratio);
 // counts[head][row m] = min(m + 1, budget).

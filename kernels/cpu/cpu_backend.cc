@@ -5,10 +5,10 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "kernels/base/check.h"
 #include "kernels/base/nonfinite.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/cpu/convert.h"
@@ -23,20 +23,24 @@ constexpr int64_t kGrainRows = 16;
 
 class CpuRopeTable : public RopeTable {
  public:
-  CpuRopeTable(HostMemory memory, int64_t half_dim, int64_t max_positions)
-      : memory_(std::move(memory)), half_dim(half_dim), max_positions(max_positions) {}
+  CpuRopeTable(HostMemory memory, int64_t head_dim, int64_t max_positions)
+      : RopeTable(head_dim, max_positions), memory_(std::move(memory)) {}
 
-  // [half_dim] each.
-  float* Cos(int64_t position) const { return Data() + position * 2 * half_dim; }
-  float* Sin(int64_t position) const { return Cos(position) + half_dim; }
+  // [head_dim / 2] each.
+  float* Cos(int64_t position) const {
+    return reinterpret_cast<float*>(memory_.get()) + position * head_dim();
+  }
+  float* Sin(int64_t position) const { return Cos(position) + head_dim() / 2; }
 
  private:
-  float* Data() const { return reinterpret_cast<float*>(memory_.get()); }
   const HostMemory memory_;
+};
 
+// Copies are done when CopyOut returns.
+class DoneCopy : public PendingCopy {
  public:
-  const int64_t half_dim;
-  const int64_t max_positions;
+  bool Ready() override { return true; }
+  absl::Status Wait() override { return absl::OkStatus(); }
 };
 
 // Adds the time from its construction to its destruction to `seconds`.
@@ -57,25 +61,13 @@ std::string DescribeDevice(CpuIsa isa, DType dtype, int32_t num_threads) {
                       num_threads, num_threads == 1 ? " thread" : " threads");
 }
 
-absl::Status CheckMatrix(absl::string_view name, const Matrix& m, DType dtype, int64_t rows,
-                         int64_t cols) {
-  if (m.dtype == dtype && m.rows == rows && m.cols == cols && m.row_stride >= cols) {
-    return absl::OkStatus();
-  }
-  return absl::InvalidArgumentError(
-      absl::StrCat(name, " is ", DTypeName(m.dtype), " [", m.rows, ", ", m.cols, "] with stride ",
-                   m.row_stride, ", expected ", DTypeName(dtype), " [", rows, ", ", cols, "]"));
-}
-
-absl::Status CheckHeads(const HeadShape& shape) {
-  if (shape.num_kv_heads > 0 && shape.num_heads > 0 && shape.num_heads % shape.num_kv_heads == 0 &&
-      shape.head_dim > 0 && shape.head_dim % 16 == 0 && shape.head_dim <= simd::kMaxHeadDim) {
-    return absl::OkStatus();
-  }
-  return absl::InvalidArgumentError(absl::StrCat(
-      shape.num_heads, " query heads, ", shape.num_kv_heads, " KV heads, head_dim ", shape.head_dim,
-      ": KV heads must divide query heads, head_dim must be a multiple of 16 up to ",
-      simd::kMaxHeadDim));
+OpLimits LimitsOf(DType dtype) {
+  OpLimits limits;
+  limits.compute_dtype = dtype;
+  limits.residual_dtype = DType::kF32;
+  limits.head_dim_step = 16;
+  limits.max_head_dim = simd::kMaxHeadDim;
+  return limits;
 }
 
 }  // namespace
@@ -102,6 +94,7 @@ absl::StatusOr<std::unique_ptr<CpuBackend>> CpuBackend::Create(const BackendOpti
 CpuBackend::CpuBackend(CpuIsa isa, DType dtype, int32_t num_threads,
                        std::unique_ptr<OneDnnGemm> gemm)
     : dtype_(dtype),
+      limits_(LimitsOf(dtype)),
       num_threads_(num_threads),
       device_(DescribeDevice(isa, dtype, num_threads)),
       kernels_(*simd::GetKernelTable(isa, dtype)),
@@ -111,14 +104,14 @@ CpuBackend::CpuBackend(CpuIsa isa, DType dtype, int32_t num_threads,
 
 // ---- memory
 
-int64_t CpuBackend::PlanScratchBytes(const HeadShape& heads, int64_t chunk_tokens,
+int64_t CpuBackend::PlanScratchBytes(const HeadShape& heads, int64_t piece_tokens,
                                      int64_t num_tokens) const {
   return attention_.PlanScratchBytes(heads, num_tokens) +
-         selector_.PlanScratchBytes(heads, chunk_tokens, num_tokens);
+         selector_.PlanScratchBytes(heads, piece_tokens, num_tokens);
 }
 
 absl::StatusOr<Buffer> CpuBackend::Allocate(int64_t bytes) {
-  HEADSTART_ASSIGN_OR_RETURN(HostMemory memory, AllocateHost(bytes));
+  HEADSTART_ASSIGN_OR_RETURN(HostMemory memory, AllocateHostMemory(bytes));
   return Buffer(this, memory.release(), bytes);
 }
 
@@ -160,9 +153,9 @@ absl::StatusOr<std::unique_ptr<RopeTable>> CpuBackend::PrepareRope(absl::Span<co
                                                                    float scaling,
                                                                    int64_t max_positions) {
   const auto half_dim = static_cast<int64_t>(inv_freq.size());
-  HEADSTART_ASSIGN_OR_RETURN(HostMemory memory,
-                             AllocateHost(max_positions * 2 * half_dim * int64_t{sizeof(float)}));
-  auto table = std::make_unique<CpuRopeTable>(std::move(memory), half_dim, max_positions);
+  HEADSTART_ASSIGN_OR_RETURN(
+      HostMemory memory, AllocateHostMemory(max_positions * 2 * half_dim * int64_t{sizeof(float)}));
+  auto table = std::make_unique<CpuRopeTable>(std::move(memory), 2 * half_dim, max_positions);
   ParallelForRanges(num_threads_, max_positions, 256, [&](int64_t begin, int64_t end) {
     for (int64_t position = begin; position < end; ++position) {
       for (int64_t i = 0; i < half_dim; ++i) {
@@ -178,16 +171,8 @@ absl::StatusOr<std::unique_ptr<RopeTable>> CpuBackend::PrepareRope(absl::Span<co
 // ---- operations
 
 absl::Status CpuBackend::Embed(absl::Span<const int32_t> ids, const Buffer& table, Matrix out) {
-  HEADSTART_RETURN_IF_ERROR(CheckMatrix("embedding output", out, DType::kF32,
-                                        static_cast<int64_t>(ids.size()), out.cols));
+  HEADSTART_RETURN_IF_ERROR(CheckEmbed(limits_, ids, table, out));
   const int64_t row_bytes = out.cols * DTypeBytes(dtype_);
-  const int64_t vocab_size = table.bytes() / row_bytes;
-  for (size_t i = 0; i < ids.size(); ++i) {
-    if (ids[i] < 0 || ids[i] >= vocab_size) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("token_ids[", i, "]=", ids[i], " is not below vocab_size ", vocab_size));
-    }
-  }
   const char* rows = static_cast<const char*>(table.data());
   ParallelForRanges(num_threads_, out.rows, kGrainRows, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
@@ -198,8 +183,7 @@ absl::Status CpuBackend::Embed(absl::Span<const int32_t> ids, const Buffer& tabl
 }
 
 absl::Status CpuBackend::RmsNorm(Matrix x, const Buffer& weight, float eps, Matrix out) {
-  HEADSTART_RETURN_IF_ERROR(CheckMatrix("norm input", x, DType::kF32, x.rows, x.cols));
-  HEADSTART_RETURN_IF_ERROR(CheckMatrix("norm output", out, dtype_, x.rows, x.cols));
+  HEADSTART_RETURN_IF_ERROR(CheckRmsNorm(limits_, x, out));
   const auto* w = static_cast<const float*>(weight.data());
   ParallelForRanges(num_threads_, x.rows, kGrainRows, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
@@ -211,94 +195,89 @@ absl::Status CpuBackend::RmsNorm(Matrix x, const Buffer& weight, float eps, Matr
 
 absl::Status CpuBackend::Linear(const LinearWeight& weight, Matrix in, Matrix out,
                                 LinearOutput mode) {
-  const DType out_dtype =
-      mode == LinearOutput::kAdd || out.dtype == DType::kF32 ? DType::kF32 : dtype_;
-  HEADSTART_RETURN_IF_ERROR(CheckMatrix("linear input", in, dtype_, in.rows, weight.in_features()));
-  HEADSTART_RETURN_IF_ERROR(
-      CheckMatrix("linear output", out, out_dtype, in.rows, weight.out_features()));
+  HEADSTART_RETURN_IF_ERROR(CheckLinear(limits_, weight, in, out, mode));
   return gemm_->Multiply(weight, in, out, mode);
 }
 
 absl::Status CpuBackend::RopeAndStoreKv(const RopeArgs& args) {
+  HEADSTART_RETURN_IF_ERROR(CheckRope(limits_, args));
+  for (const RopeSequence& sequence : args.sequences) {
+    std::atomic<bool> finite{true};
+    const auto store = [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        if (!StoreRow(args, sequence.rows, r)) finite.store(false, std::memory_order_relaxed);
+      }
+    };
+    ParallelForRanges(num_threads_, sequence.rows.num_rows, kGrainRows, store);
+    if (!finite.load() && sequence.not_finite != nullptr) *sequence.not_finite = 1;
+  }
+  return absl::OkStatus();
+}
+
+bool CpuBackend::StoreRow(const RopeArgs& args, const SequenceRows& rows, int64_t index) const {
   const HeadShape& shape = args.kv.shape;
   const auto& rope = *static_cast<const CpuRopeTable*>(args.rope);
-  HEADSTART_RETURN_IF_ERROR(CheckHeads(shape));
-  HEADSTART_RETURN_IF_ERROR(CheckMatrix("qkv", args.qkv, dtype_, args.qkv.rows, shape.qkv_cols()));
-  const int64_t end = args.first_position + args.qkv.rows;
-  if (args.first_position < 0 || end > rope.max_positions || rope.half_dim * 2 != shape.head_dim) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "RoPE for positions ", args.first_position, " to ", end, ", head_dim ", shape.head_dim,
-        "; the table has ", rope.max_positions, ", head_dim ", rope.half_dim * 2));
-  }
   const auto* q_norm = args.q_norm ? static_cast<const float*>(args.q_norm->data()) : nullptr;
   const auto* k_norm = args.k_norm ? static_cast<const float*>(args.k_norm->data()) : nullptr;
   const int64_t head_bytes = shape.head_dim * DTypeBytes(dtype_);
-  ParallelForRanges(num_threads_, args.qkv.rows, kGrainRows, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t position = args.first_position + r;
-      const float* cos = rope.Cos(position);
-      const float* sin = rope.Sin(position);
-      char* head = static_cast<char*>(args.qkv.Rows(r, 1).data);
-      for (int32_t h = 0; h < shape.num_heads; ++h, head += head_bytes) {
-        kernels_.element.rope_head(head, cos, sin, q_norm, args.norm_eps, shape.head_dim, head);
-      }
-      const int64_t page = args.kv.page_table[position / kBlockTokens];
-      char* k = static_cast<char*>(args.kv.pages) +
-                (page * args.kv.page_elements() + position % kBlockTokens * shape.head_dim) *
-                    DTypeBytes(dtype_);
-      for (int32_t h = 0; h < shape.num_kv_heads; ++h, head += head_bytes) {
-        kernels_.element.rope_head(head, cos, sin, k_norm, args.norm_eps, shape.head_dim,
-                                   k + h * kBlockTokens * head_bytes);
-      }
-      char* v = k + args.kv.plane_elements() * DTypeBytes(dtype_);
-      for (int32_t h = 0; h < shape.num_kv_heads; ++h, head += head_bytes) {
-        std::memcpy(v + h * kBlockTokens * head_bytes, head, head_bytes);
-      }
-    }
-  });
-  return absl::OkStatus();
-}
-
-absl::StatusOr<LayerStats*> CpuBackend::StatsOf(int32_t layer) {
-  if (layer < 0 || layer >= static_cast<int32_t>(stats_.layers.size())) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("layer ", layer, " is not below ", stats_.layers.size(), ", see ResetStats"));
+  const int64_t position = rows.first_position + index;
+  const float* cos = rope.Cos(position);
+  const float* sin = rope.Sin(position);
+  char* head = static_cast<char*>(args.qkv.Rows(rows.first_row + index, 1).data);
+  const auto rotate = [&](const float* norm) {
+    kernels_.element.rope_head(head, cos, sin, norm, args.norm_eps, shape.head_dim, head);
+  };
+  for (int32_t h = 0; h < shape.num_heads; ++h, head += head_bytes) rotate(q_norm);
+  // The planes of a page follow each other: V head i is plane H_kv + i, in the row as in the page.
+  const char* const kv = head;
+  const int64_t page = rows.page_table[position / kBlockTokens];
+  char* slot = static_cast<char*>(args.kv.pages) +
+               page * args.kv.page_elements() * DTypeBytes(dtype_) +
+               position % kBlockTokens * head_bytes;
+  for (int32_t plane = 0; plane < 2 * shape.num_kv_heads; ++plane) {
+    if (plane < shape.num_kv_heads) rotate(k_norm);
+    std::memcpy(slot, head, head_bytes);
+    head += head_bytes;
+    slot += kBlockTokens * head_bytes;
   }
-  return &stats_.layers[layer];
-}
-
-absl::Status CpuBackend::SelectBlocks(const SelectArgs& args) {
-  const Stopwatch stopwatch(stats_.selection_seconds);
-  HEADSTART_ASSIGN_OR_RETURN(LayerStats* const stats, StatsOf(args.layer));
-  HEADSTART_RETURN_IF_ERROR(CheckHeads(args.kv.shape));
-  HEADSTART_RETURN_IF_ERROR(selector_.Select(args, selection_));
-  if (selection_.dense_fallback) ++stats->dense_fallbacks;
-  return absl::OkStatus();
+  return kernels_.element.all_finite(kv, int64_t{2} * shape.num_kv_heads * shape.head_dim);
 }
 
 absl::Status CpuBackend::Attention(const AttentionArgs& args) {
-  const Stopwatch stopwatch(stats_.attention_seconds);
-  HEADSTART_ASSIGN_OR_RETURN(LayerStats* const stats, StatsOf(args.layer));
-  const HeadShape& shape = args.kv.shape;
-  HEADSTART_RETURN_IF_ERROR(CheckHeads(shape));
-  const int64_t cols = int64_t{shape.num_heads} * shape.head_dim;
-  HEADSTART_RETURN_IF_ERROR(CheckMatrix("q", args.q, dtype_, args.q.rows, cols));
-  HEADSTART_RETURN_IF_ERROR(CheckMatrix("attention output", args.out, dtype_, args.q.rows, cols));
-  if (!args.selected) return attention_.Run(args, nullptr, *stats);
-  const int64_t first_row = args.first_position / kBlockTokens;
-  if (args.first_position % kBlockTokens != 0 || selection_.first_row != first_row ||
-      selection_.num_rows != NumBlocks(args.q.rows) || selection_.num_heads != shape.num_heads) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("attention of ", args.q.rows, " tokens from ", args.first_position,
-                     " does not match the last selection: ", selection_.num_rows, " rows from ",
-                     selection_.first_row, ", ", selection_.num_heads, " heads"));
+  HEADSTART_RETURN_IF_ERROR(CheckAttention(limits_, args));
+  for (const AttentionSequence& sequence : args.sequences) {
+    const SequenceAttention of_sequence(args, sequence);
+    HEADSTART_ASSIGN_OR_RETURN(const BlockSelection* const selection, Select(of_sequence));
+    if (sequence.selection != nullptr) *sequence.selection = *selection;
+    Count(args.kv.shape, sequence, selection);
+    const Stopwatch stopwatch(times_.attention_seconds);
+    HEADSTART_RETURN_IF_ERROR(attention_.Run(of_sequence, selection));
   }
-  return attention_.Run(args, &selection_, *stats);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<const BlockSelection*> CpuBackend::Select(const SequenceAttention& args) {
+  if (args.proxy_attn == nullptr) return nullptr;
+  const Stopwatch stopwatch(times_.selection_seconds);
+  HEADSTART_RETURN_IF_ERROR(selector_.Select(args, selection_));
+  return &selection_;
+}
+
+void CpuBackend::Count(const HeadShape& shape, const AttentionSequence& sequence,
+                       const BlockSelection* selection) {
+  if (sequence.counts == nullptr) return;
+  const int64_t causal = CausalBlocks(shape, sequence.rows);
+  int64_t kept = causal;
+  if (selection != nullptr) {
+    kept = std::accumulate(selection->counts.begin(), selection->counts.end(), int64_t{0});
+    if (selection->dense_fallback) ++sequence.counts->dense_fallbacks;
+  }
+  sequence.counts->executed_blocks += static_cast<uint64_t>(kept);
+  sequence.counts->causal_blocks += static_cast<uint64_t>(causal);
 }
 
 absl::Status CpuBackend::SwiGlu(Matrix gate_up, Matrix out) {
-  HEADSTART_RETURN_IF_ERROR(CheckMatrix("gate_up", gate_up, dtype_, out.rows, 2 * out.cols));
-  HEADSTART_RETURN_IF_ERROR(CheckMatrix("SwiGLU output", out, dtype_, out.rows, out.cols));
+  HEADSTART_RETURN_IF_ERROR(CheckSwiGlu(limits_, gate_up, out));
   const Matrix gate = gate_up.Cols(0, out.cols);
   const Matrix up = gate_up.Cols(out.cols, out.cols);
   ParallelForRanges(num_threads_, out.rows, kGrainRows, [&](int64_t begin, int64_t end) {
@@ -312,43 +291,18 @@ absl::Status CpuBackend::SwiGlu(Matrix gate_up, Matrix out) {
 
 // ---- results
 
-absl::Status CpuBackend::ReadKv(const KvPages& kv, int64_t token_begin, int64_t token_count,
-                                absl::Span<std::byte> out) {
-  const int64_t element_bytes = DTypeBytes(kv.dtype);
-  const int64_t plane = int64_t{kv.shape.num_kv_heads} * token_count * kv.shape.head_dim;
-  const auto bytes = static_cast<int64_t>(out.size());
-  if (token_begin < 0 || token_begin % kBlockTokens != 0 || token_count < 0 || kv.dtype != dtype_ ||
-      bytes != 2 * plane * element_bytes) {
-    return absl::InvalidArgumentError(absl::StrCat("cannot read ", token_count, " tokens of ",
-                                                   DTypeName(kv.dtype), " KV from token ",
-                                                   token_begin, " into ", bytes, " bytes"));
-  }
-  const char* pages = static_cast<const char*>(kv.pages);
-  char* const target = reinterpret_cast<char*>(out.data());
-  const int64_t blocks = NumBlocks(token_count);
-  std::atomic<bool> finite{true};
-  // One index is one page of one head of K or V.
-  ParallelFor(num_threads_, int64_t{2} * kv.shape.num_kv_heads * blocks, [&](int64_t i, int32_t) {
-    const int64_t head =
-        i / blocks;  // K heads, then V heads: planes follow each other on both sides
-    const int64_t token = i % blocks * kBlockTokens;
-    const int64_t count = std::min(kBlockTokens, token_count - token) * kv.shape.head_dim;
-    const int64_t page = kv.page_table[(token_begin + token) / kBlockTokens];
-    const int64_t from = page * kv.page_elements() + head * kBlockTokens * kv.shape.head_dim;
-    const int64_t to = (head * token_count + token) * kv.shape.head_dim;
-    if (!kernels_.element.copy_finite(pages + from * element_bytes, count,
-                                      target + to * element_bytes)) {
-      finite.store(false, std::memory_order_relaxed);
-    }
-  });
-  if (finite.load()) return absl::OkStatus();
-  return NonFiniteError(absl::StrCat("KV of tokens ", token_begin, " to ",
-                                     token_begin + token_count, " is not finite"));
+absl::StatusOr<HostBuffer> CpuBackend::AllocateHost(int64_t bytes) {
+  HEADSTART_ASSIGN_OR_RETURN(HostMemory memory, AllocateHostMemory(bytes));
+  const auto free_memory = [](void* data) { FreeHostMemory()(data); };
+  return HostBuffer(reinterpret_cast<std::byte*>(memory.release()), {free_memory});
 }
 
-void CpuBackend::ResetStats(int32_t num_layers) {
-  stats_ = BackendStats();
-  stats_.layers.resize(num_layers);
+absl::StatusOr<std::unique_ptr<PendingCopy>> CpuBackend::CopyOut(
+    absl::Span<const HostCopy> copies) {
+  ParallelFor(num_threads_, static_cast<int64_t>(copies.size()), [&](int64_t i, int32_t) {
+    std::memcpy(copies[i].to, copies[i].from, static_cast<size_t>(copies[i].bytes));
+  });
+  return std::make_unique<DoneCopy>();
 }
 
 }  // namespace headstart

@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
@@ -12,6 +13,7 @@
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/proxy_attn.h"
 #include "kernels/cpu/simd/kernel_table.h"
+#include "kernels/op_args.h"
 
 namespace headstart {
 
@@ -26,7 +28,7 @@ class CpuBackend : public Backend {
   DType compute_dtype() const override { return dtype_; }
   DType residual_dtype() const override { return DType::kF32; }
 
-  int64_t PlanScratchBytes(const HeadShape& heads, int64_t chunk_tokens,
+  int64_t PlanScratchBytes(const HeadShape& heads, int64_t piece_tokens,
                            int64_t num_tokens) const override;
   absl::StatusOr<Buffer> Allocate(int64_t bytes) override;
   absl::Status Upload(const void* host, int64_t bytes, void* device) override;
@@ -45,33 +47,36 @@ class CpuBackend : public Backend {
   absl::Status Linear(const LinearWeight& weight, Matrix in, Matrix out,
                       LinearOutput mode) override;
   absl::Status RopeAndStoreKv(const RopeArgs& args) override;
-  absl::Status SelectBlocks(const SelectArgs& args) override;
   absl::Status Attention(const AttentionArgs& args) override;
   absl::Status SwiGlu(Matrix gate_up, Matrix out) override;
 
-  absl::Status ReadKv(const KvPages& kv, int64_t token_begin, int64_t token_count,
-                      absl::Span<std::byte> out) override;
-  absl::StatusOr<BlockSelection> ReadSelection() override { return selection_; }
-  void ResetStats(int32_t num_layers) override;
-  absl::StatusOr<BackendStats> ReadStats() override { return stats_; }
+  absl::StatusOr<HostBuffer> AllocateHost(int64_t bytes) override;
+  absl::StatusOr<std::unique_ptr<PendingCopy>> CopyOut(absl::Span<const HostCopy> copies) override;
+  absl::StatusOr<BackendTimes> TakeTimes() override { return std::exchange(times_, {}); }
 
  private:
   CpuBackend(CpuIsa isa, DType dtype, int32_t num_threads, std::unique_ptr<OneDnnGemm> gemm);
 
   void Free(void* data) override;
   absl::StatusOr<Buffer> ConvertToBuffer(const HostTensor& tensor, DType dtype);
-  // Checks a layer index and makes room for its counts.
-  absl::StatusOr<LayerStats*> StatsOf(int32_t layer);
+  // Rotates and stores one row, a token of a sequence; false when a K or V value is not finite.
+  bool StoreRow(const RopeArgs& args, const SequenceRows& rows, int64_t index) const;
+  // The blocks of a sequence that attention is to see; null: all.
+  absl::StatusOr<const BlockSelection*> Select(const SequenceAttention& args);
+  // Adds what a sequence came to; selection null: all of its blocks.
+  static void Count(const HeadShape& shape, const AttentionSequence& sequence,
+                    const BlockSelection* selection);
 
   const DType dtype_;
+  const OpLimits limits_;
   const int32_t num_threads_;
   const std::string device_;
   const simd::KernelTable& kernels_;
   std::unique_ptr<OneDnnGemm> gemm_;
   ProxyAttnSelector selector_;
   CpuAttention attention_;
-  BlockSelection selection_;
-  BackendStats stats_;
+  BlockSelection selection_;  // working memory of Attention
+  BackendTimes times_;
 };
 
 }  // namespace headstart

@@ -146,7 +146,7 @@ absl::StatusOr<HostMemory> Concatenate(absl::Span<const HostTensor> parts, DType
                                        int32_t num_threads) {
   int64_t count = 0;
   for (const HostTensor& part : parts) count += part.rows * part.cols;
-  HEADSTART_ASSIGN_OR_RETURN(HostMemory memory, AllocateHost(count * DTypeBytes(dtype)));
+  HEADSTART_ASSIGN_OR_RETURN(HostMemory memory, AllocateHostMemory(count * DTypeBytes(dtype)));
   char* out = memory.get();
   for (const HostTensor& part : parts) {
     const int64_t elements = part.rows * part.cols;
@@ -230,7 +230,7 @@ struct OneDnnGemm::State {
     const Shape shape{kSliceRows, in, out, dtype, bias != nullptr, LinearOutput::kStore};
     const dnnl::memory::desc desc = Describe(engine, shape, dtype, any).weights_desc();
     HEADSTART_ASSIGN_OR_RETURN(HostMemory data,
-                               AllocateHost(static_cast<int64_t>(desc.get_size())));
+                               AllocateHostMemory(static_cast<int64_t>(desc.get_size())));
     dnnl::memory from({{in, out}, DnnlType(dtype), dnnl::memory::dims{1, in}}, engine, plain.get());
     dnnl::memory to(desc, engine, data.get());
     dnnl::reorder(from, to).execute(stream, from, to);

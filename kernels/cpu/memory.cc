@@ -19,7 +19,7 @@ constexpr int64_t kHugePageBytes = int64_t{2} << 20;
 
 void FreeHostMemory::operator()(void* data) const { std::free(data); }
 
-absl::StatusOr<HostMemory> AllocateHost(int64_t bytes) {
+absl::StatusOr<HostMemory> AllocateHostMemory(int64_t bytes) {
   const bool huge = bytes >= 2 * kHugePageBytes;
   const int64_t alignment = huge ? kHugePageBytes : kAlignmentBytes;
   void* data = nullptr;
@@ -36,7 +36,7 @@ absl::StatusOr<char*> Scratch::Get(int64_t bytes) {
   if (bytes > bytes_ || memory_ == nullptr) {
     memory_.reset();
     bytes_ = 0;
-    HEADSTART_ASSIGN_OR_RETURN(memory_, AllocateHost(bytes));
+    HEADSTART_ASSIGN_OR_RETURN(memory_, AllocateHostMemory(bytes));
     bytes_ = bytes;
   }
   return memory_.get();

@@ -6,9 +6,9 @@
 
 #include "absl/status/status.h"
 #include "kernels/attention_params.h"
-#include "kernels/backend.h"
 #include "kernels/cpu/memory.h"
 #include "kernels/cpu/simd/kernel_table.h"
+#include "kernels/op_args.h"
 
 namespace headstart {
 
@@ -20,17 +20,16 @@ class ProxyAttnSelector {
   ProxyAttnSelector(const simd::KernelTable& kernels, DType dtype, int32_t num_threads)
       : kernels_(kernels), dtype_(dtype), num_threads_(num_threads) {}
 
-  // Chooses the key blocks of args.q's query blocks. args: host memory. Overwrites `selection`,
-  // reusing its memory; raises args.budget_ratio. Sampled keys are recomputed from the pages, so
-  // earlier chunks and cached prefixes need nothing else. What is dense by rule
-  // (dense_below_tokens, dense_layers) comes back with all counts m + 1. The result does not depend
-  // on the number of threads, bit for bit. INVALID_ARGUMENT names the argument that is out of
-  // range; RESOURCE_EXHAUSTED when working memory is short.
-  absl::Status Select(const SelectArgs& args, BlockSelection& selection);
+  // Chooses the key blocks of args.q's query blocks; args passed CheckAttention. Overwrites
+  // `selection`, reusing its memory; raises args.budget_ratio. Sampled keys are recomputed from the
+  // pages, so earlier pieces and cached prefixes need nothing else. What is dense by rule comes
+  // back with all counts m + 1. The result does not depend on the number of threads, bit for bit.
+  // RESOURCE_EXHAUSTED when working memory is short.
+  absl::Status Select(const SequenceAttention& args, BlockSelection& selection);
 
-  // Working memory, selection included, once sequences of `num_tokens` tokens have run in chunks of
-  // `chunk_tokens`, with the options that need most.
-  int64_t PlanScratchBytes(const HeadShape& shape, int64_t chunk_tokens, int64_t num_tokens) const;
+  // Working memory, selection included, once sequences of `num_tokens` tokens have run in pieces of
+  // `piece_tokens`, with the options that need most.
+  int64_t PlanScratchBytes(const HeadShape& shape, int64_t piece_tokens, int64_t num_tokens) const;
 
  private:
   const simd::KernelTable& kernels_;

@@ -40,20 +40,21 @@ double InverseRms(const float* x, int64_t n, double eps) {
 }
 
 // Element of the pages that holds column 0 of one head's K (plane 0) or V (plane 1) of token t.
-int64_t PageElement(const KvPages& pages, int64_t t, int plane, int64_t kv_head) {
-  const int64_t page = pages.page_table[t / kBlockTokens];
+int64_t PageElement(const KvPages& pages, const int32_t* page_table, int64_t t, int plane,
+                    int64_t kv_head) {
+  const int64_t page = page_table[t / kBlockTokens];
   const int64_t row = kv_head * kBlockTokens + t % kBlockTokens;
   return page * pages.page_elements() + plane * pages.plane_elements() + row * pages.shape.head_dim;
 }
 
 // Calls visit(token row, column, page element) for every value of `num_tokens` tokens of one plane.
 template <typename Visit>
-void ForEachKvElement(const KvPages& pages, int64_t first_position, int64_t num_tokens, int plane,
-                      Visit visit) {
+void ForEachKvElement(const KvPages& pages, const int32_t* page_table, int64_t first_position,
+                      int64_t num_tokens, int plane, Visit visit) {
   const int64_t head_dim = pages.shape.head_dim;
   for (int64_t t = 0; t < num_tokens; ++t) {
     for (int64_t head = 0; head < pages.shape.num_kv_heads; ++head) {
-      const int64_t element = PageElement(pages, first_position + t, plane, head);
+      const int64_t element = PageElement(pages, page_table, first_position + t, plane, head);
       for (int64_t c = 0; c < head_dim; ++c) visit(t, head * head_dim + c, element + c);
     }
   }
@@ -209,24 +210,26 @@ double LogProb(absl::Span<const float> logits, int32_t id) {
   return logits[id] - max_logit - std::log(sum);
 }
 
-void StoreKv(const KvRows& rows, int64_t first_position, const KvPages& pages) {
+void StoreKv(const KvRows& rows, int64_t first_position, const KvPages& pages,
+             const int32_t* page_table) {
   for (const int plane : {0, 1}) {
     const HostMatrix& source = plane == 0 ? rows.k : rows.v;
-    ForEachKvElement(pages, first_position, source.rows, plane,
+    ForEachKvElement(pages, page_table, first_position, source.rows, plane,
                      [&](int64_t t, int64_t c, int64_t element) {
                        StoreElement(source.Row(t)[c], pages.pages, pages.dtype, element);
                      });
   }
 }
 
-KvRows LoadKv(const KvPages& pages, int64_t num_tokens) {
+KvRows LoadKv(const KvPages& pages, const int32_t* page_table, int64_t num_tokens) {
   const int64_t cols = int64_t{pages.shape.num_kv_heads} * pages.shape.head_dim;
   KvRows rows{HostMatrix(num_tokens, cols), HostMatrix(num_tokens, cols)};
   for (const int plane : {0, 1}) {
     HostMatrix& target = plane == 0 ? rows.k : rows.v;
-    ForEachKvElement(pages, 0, num_tokens, plane, [&](int64_t t, int64_t c, int64_t element) {
-      target.Row(t)[c] = LoadElement(pages.pages, pages.dtype, element);
-    });
+    ForEachKvElement(pages, page_table, 0, num_tokens, plane,
+                     [&](int64_t t, int64_t c, int64_t element) {
+                       target.Row(t)[c] = LoadElement(pages.pages, pages.dtype, element);
+                     });
   }
   return rows;
 }

@@ -65,10 +65,11 @@ struct KvRows {
   HostMatrix k;
   HostMatrix v;
 };
-// Writes `rows` to tokens first_position … of the pages, rounded to their dtype.
-void StoreKv(const KvRows& rows, int64_t first_position, const KvPages& pages);
+// Writes `rows` to tokens first_position … of a sequence's pages, rounded to their dtype.
+void StoreKv(const KvRows& rows, int64_t first_position, const KvPages& pages,
+             const int32_t* page_table);
 // Reads tokens [0, num_tokens).
-KvRows LoadKv(const KvPages& pages, int64_t num_tokens);
+KvRows LoadKv(const KvPages& pages, const int32_t* page_table, int64_t num_tokens);
 
 // ---- attention
 

@@ -10,7 +10,7 @@
 namespace headstart::reference {
 namespace {
 
-// A selection of the chunk's rows that nothing has been written to.
+// A selection of the piece's rows that nothing has been written to.
 BlockSelection Layout(const SelectionInput& input, const ProxyAttnOptions& options) {
   HEADSTART_CHECK(input.first_position % kBlockTokens == 0 && input.q.rows > 0);
   HEADSTART_CHECK(input.k.rows == input.first_position + input.q.rows);

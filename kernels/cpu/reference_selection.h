@@ -5,14 +5,14 @@
 //    rounded to the storage type (the type of the KV pages).
 //  * The diagonal block is always forced, also with sink_blocks = local_blocks = 0.
 //  * A mass that never reaches gamma, and gamma = 1, ask for every block.
-//  * budget_ratio is the greatest (blocks that reach gamma) / (key blocks) of all chunks so far, as
+//  * budget_ratio is the greatest (blocks that reach gamma) / (key blocks) of all pieces so far, as
 //    float; the budget is ceil(budget_ratio * key blocks - 2^-10), so that rounding adds no block.
 //  * The floor is ceil(floor_tokens / kBlockTokens) blocks. It is not part of budget_ratio.
-//  * dense_below_tokens is compared with the tokens so far, this chunk included. It, dense_layers
+//  * dense_below_tokens is compared with the tokens so far, this piece included. It, dense_layers
 //    and forced_density leave budget_ratio as it is.
 //  * forced_density f: K is the least count for which the rows' sum of min(m + 1, K) reaches
 //    f times their causal blocks; no floor. The dense tail and dense_above_density still apply.
-//  * dense_above_density is compared with all kept blocks of the chunk: over all heads, with the
+//  * dense_above_density is compared with all kept blocks of the piece: over all heads, with the
 //    dense tail.
 //  * A selection that is dense by rule (not `enabled`, dense_below_tokens, dense_layers) ranks each
 //    row's blocks in forced order, then by index.
@@ -34,7 +34,7 @@ struct ProxyScores {
   std::vector<double> mass;  // sum over the same of exp(logit(t, u) - L_t), normalised over the row
 };
 
-// One chunk of one layer.
+// One piece of one layer.
 struct SelectionInput {
   HeadShape shape;
   HostMatrix q;                // [n, H d], rotated; row r at position first_position + r
@@ -50,7 +50,7 @@ struct SelectionInput {
 HostMatrix SampleAndPool(const HostMatrix& x, int32_t num_heads, int32_t num_groups, int32_t stride,
                          DType dtype);
 ProxyScores ScoreBlocks(const SelectionInput& input, const ProxyAttnOptions& options);
-// Block mass of the last query block of the chunk: [num_heads][num_key_blocks], each head's sum
+// Block mass of the last query block of the piece: [num_heads][num_key_blocks], each head's sum
 // is 1.
 std::vector<double> LastRowMass(const SelectionInput& input);
 // All steps. budget_ratio: [num_heads], read and raised.

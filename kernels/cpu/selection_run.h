@@ -5,12 +5,11 @@
 #include <cstdint>
 
 #include "kernels/attention_params.h"
-#include "kernels/backend.h"
+#include "kernels/cpu/memory.h"
 #include "kernels/cpu/simd/kernel_table.h"
+#include "kernels/op_args.h"
 
 namespace headstart {
-
-inline int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // Cuts an allocation into arrays, each on its own cache lines. Without memory it only adds up.
 class MemoryCarver {
@@ -31,12 +30,12 @@ class MemoryCarver {
 };
 
 // Sizes of one call. "Samples" are the tokens 0, stride, 2 stride, …
-struct SelectionChunk {
-  explicit SelectionChunk(const SelectArgs& select_args)
-      : args(select_args),
-        options(*select_args.options),
-        shape(select_args.kv.shape),
-        num_tokens(args.first_position + args.q.rows),
+struct SelectionPiece {
+  explicit SelectionPiece(const SequenceAttention& sequence)
+      : args(sequence),
+        options(*sequence.proxy_attn),
+        shape(sequence.kv.shape),
+        num_tokens(args.num_tokens()),
         num_blocks(NumBlocks(num_tokens)),
         first_row(args.first_position / kBlockTokens),
         key_groups(std::min(options.num_proxies, shape.num_kv_heads)),
@@ -54,11 +53,11 @@ struct SelectionChunk {
   const char* Key(int64_t token, int64_t kv_head) const {
     const int64_t row = kv_head * kBlockTokens + token % kBlockTokens;
     const int64_t element =
-        args.kv.page_table[token / kBlockTokens] * args.kv.page_elements() + row * shape.head_dim;
+        args.page_table[token / kBlockTokens] * args.kv.page_elements() + row * shape.head_dim;
     return static_cast<const char*>(args.kv.pages) + element * DTypeBytes(args.kv.dtype);
   }
 
-  const SelectArgs& args;
+  const SequenceAttention& args;
   const ProxyAttnOptions& options;
   const HeadShape& shape;
   int64_t num_tokens;
@@ -73,7 +72,7 @@ struct SelectionChunk {
 
 // Working memory of one thread.
 struct SelectionThreadMemory {
-  SelectionThreadMemory(const SelectionChunk& c, const simd::KernelTable& kernels,
+  SelectionThreadMemory(const SelectionPiece& c, const simd::KernelTable& kernels,
                         MemoryCarver& memory)
       : rows(memory.Take<char>(kBlockTokens * c.shape.head_dim * DTypeBytes(c.args.q.dtype))),
         packed_page(memory.Take<char>(kernels.attention.packed_page_bytes(c.shape.head_dim))),
@@ -99,7 +98,7 @@ struct SelectionThreadMemory {
 
 // What all threads share.
 struct SelectionSharedMemory {
-  SelectionSharedMemory(const SelectionChunk& c, const simd::KernelTable& kernels,
+  SelectionSharedMemory(const SelectionPiece& c, const simd::KernelTable& kernels,
                         MemoryCarver& memory)
       : page_bytes(kernels.attention.packed_page_bytes(c.shape.head_dim)),
         query_floats(kernels.selection.packed_q_bytes(c.last_block_rows, c.shape.head_dim) / 4),
@@ -121,13 +120,13 @@ struct SelectionSharedMemory {
 class SelectionRun {
  public:
   // memory: `bytes()` of an object made with null.
-  SelectionRun(const SelectionChunk& chunk, const simd::KernelTable& kernels, int32_t num_threads,
+  SelectionRun(const SelectionPiece& piece, const simd::KernelTable& kernels, int32_t num_threads,
                char* memory)
-      : c_(chunk),
+      : c_(piece),
         kernels_(kernels),
         num_threads_(num_threads),
         carver_(memory),
-        shared_(chunk, kernels, carver_),
+        shared_(piece, kernels, carver_),
         threads_(carver_.Take<char>(num_threads * ThreadBytes())) {}
   int64_t bytes() const { return carver_.bytes(); }
 
@@ -152,7 +151,7 @@ class SelectionRun {
   void ScoreRow(int32_t proxy, int64_t m, const SelectionThreadMemory& memory) const;
   void ScorePageForGroup(int32_t kv_head, int64_t page, const SelectionThreadMemory& memory) const;
 
-  const SelectionChunk& c_;
+  const SelectionPiece& c_;
   const simd::KernelTable& kernels_;
   const int32_t num_threads_;
   MemoryCarver carver_;

@@ -6,7 +6,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
-#include "kernels/select_args.h"
 
 namespace headstart::cuda {
 namespace {
@@ -21,13 +20,13 @@ bool BudgetsByRow(const ProxyAttnOptions& options) {
 
 int64_t Triangle(int64_t rows) { return rows * (rows + 1) / 2; }
 
-SelectionShape MakeShape(const SelectArgs& args) {
-  const ProxyAttnOptions& options = *args.options;
+SelectionShape MakeShape(const SequenceAttention& args) {
+  const ProxyAttnOptions& options = *args.proxy_attn;
   SelectionShape shape{};
   shape.num_heads = args.kv.shape.num_heads;
   shape.num_proxies = options.num_proxies;
   shape.first_row = args.first_position / kBlockTokens;
-  shape.num_rows = NumBlocks(args.first_position + args.q.rows) - shape.first_row;
+  shape.num_rows = NumBlocks(args.num_tokens()) - shape.first_row;
   shape.score_stride = shape.num_key_blocks();
   shape.sink_blocks = options.sink_blocks;
   shape.local_blocks = options.local_blocks;
@@ -73,7 +72,7 @@ SelectionMemory::SelectionMemory(const HeadShape& heads, int64_t num_tokens, int
   const int64_t blocks = NumBlocks(end), rows = blocks - first_row;
   const int64_t num_q = CeilDiv(num_tokens, options.stride);
   const int64_t num_keys = first_position / options.stride + num_q;
-  totals = static_cast<SelectionTotals*>(take(1, sizeof(SelectionTotals)));
+  totals = static_cast<BlockCounts*>(take(1, sizeof(BlockCounts)));
   budget_blocks = static_cast<int32_t*>(take(heads.num_heads, sizeof(int32_t)));
   head_stride = Triangle(blocks) - Triangle(first_row);
   lists = static_cast<uint16_t*>(take(heads.num_heads * head_stride, sizeof(uint16_t)));
@@ -98,10 +97,10 @@ SelectionMemory::SelectionMemory(const HeadShape& heads, int64_t num_tokens, int
   }
 }
 
-int64_t BlockSelector::PlanScratch(const HeadShape& heads, int64_t chunk_tokens,
+int64_t BlockSelector::PlanScratch(const HeadShape& heads, int64_t piece_tokens,
                                    int64_t num_tokens) {
-  // The last chunk of the longest sequence.
-  const int64_t rows = NumBlocks(std::min(chunk_tokens, num_tokens)) * kBlockTokens;
+  // The last piece of the longest sequence.
+  const int64_t rows = NumBlocks(std::min(piece_tokens, num_tokens)) * kBlockTokens;
   const int64_t first_position = NumBlocks(num_tokens) * kBlockTokens - rows;
   int64_t most = 0;
   ProxyAttnOptions options;
@@ -119,12 +118,12 @@ int64_t BlockSelector::PlanScratch(const HeadShape& heads, int64_t chunk_tokens,
 
 absl::Status BlockSelector::Reserve(int64_t bytes) { return scratch_.Reserve(bytes).status(); }
 
-absl::Status BlockSelector::Pool(const SelectArgs& args, ProxyScoreParams& params,
+absl::Status BlockSelector::Pool(const SequenceAttention& args, ProxyScoreParams& params,
                                  cudaStream_t stream) {
   const HeadShape& heads = args.kv.shape;
   params.k = memory_.pooled_keys;
   HEADSTART_RETURN_IF_ERROR(
-      ToStatus(LaunchPoolKeys({args.kv, args.first_position + args.q.rows, params.num_key_heads,
+      ToStatus(LaunchPoolKeys({args.kv, args.page_table, args.num_tokens(), params.num_key_heads,
                                params.stride, memory_.pooled_keys},
                               stream),
                "pooling keys"));
@@ -143,9 +142,9 @@ absl::Status BlockSelector::Pool(const SelectArgs& args, ProxyScoreParams& param
                   "pooling queries");
 }
 
-absl::Status BlockSelector::Score(const SelectArgs& args, uint32_t* tile_counter,
+absl::Status BlockSelector::Score(const SequenceAttention& args, uint32_t* tile_counter,
                                   cudaStream_t stream) {
-  const ProxyAttnOptions& options = *args.options;
+  const ProxyAttnOptions& options = *args.proxy_attn;
   ProxyScoreParams params{};
   params.num_q = CeilDiv(args.q.rows, options.stride);
   params.first_sample = args.first_position / options.stride;
@@ -175,17 +174,18 @@ absl::Status BlockSelector::RowBudgets(const ProxyAttnOptions& options,
   return ToStatus(LaunchRowBudget(params, stream), "row budgets");
 }
 
-absl::Status BlockSelector::HeadBudgets(const SelectArgs& args, cudaStream_t stream) {
-  const ProxyAttnOptions& options = *args.options;
+absl::Status BlockSelector::HeadBudgets(const SequenceAttention& args, cudaStream_t stream) {
+  const ProxyAttnOptions& options = *args.proxy_attn;
   if (options.forced_density > 0) {
     return FixedBudget(
         BudgetForDensity(shape_.first_row, shape_.num_key_blocks(), options.forced_density),
         stream);
   }
   HEADSTART_RETURN_IF_ERROR(ToStatus(
-      LaunchBlockMass({args.q.data, args.q.rows, args.q.row_stride, args.first_position, args.kv,
-                       memory_.mass_partials, memory_.mass_log_sums, memory_.mass, num_sms_},
-                      stream),
+      LaunchBlockMass(
+          {args.q.data, args.q.rows, args.q.row_stride, args.first_position, args.kv,
+           args.page_table, memory_.mass_partials, memory_.mass_log_sums, memory_.mass, num_sms_},
+          stream),
       "block mass"));
   const HeadBudgetParams params{shape_,
                                 options.budget == BudgetRule::kShared,
@@ -204,40 +204,34 @@ absl::Status BlockSelector::FixedBudget(int64_t blocks, cudaStream_t stream) {
                   "fixed budgets");
 }
 
-absl::Status BlockSelector::Select(const SelectArgs& args, uint32_t* tile_counter,
-                                   cudaStream_t stream) {
-  const ProxyAttnOptions& options = *args.options;
+absl::Status BlockSelector::Select(const SequenceAttention& args, BlockCounts* counts,
+                                   uint32_t* tile_counter, cudaStream_t stream) {
+  const ProxyAttnOptions& options = *args.proxy_attn;
   const auto lay_out = [&](void* base) {
     return SelectionMemory(args.kv.shape, args.q.rows, args.first_position, options, base);
   };
   HEADSTART_ASSIGN_OR_RETURN(void* const base, scratch_.Reserve(lay_out(nullptr).bytes));
   memory_ = lay_out(base);
   shape_ = MakeShape(args);
-  dense_by_rule_ = IsDenseByRule(options, args.first_position + args.q.rows, args.layer);
-  budget_ratio_ = args.budget_ratio;
-  HEADSTART_RETURN_IF_ERROR(dense_by_rule_ ? FixedBudget(shape_.num_key_blocks(), stream)
-                                           : Score(args, tile_counter, stream));
+  const bool dense_by_rule = IsDenseByRule(options, args.num_tokens());
+  HEADSTART_RETURN_IF_ERROR(dense_by_rule ? FixedBudget(shape_.num_key_blocks(), stream)
+                                          : Score(args, tile_counter, stream));
   const BlockSelectParams params{shape_,
                                  memory_.budget_blocks,
-                                 dense_by_rule_ ? nullptr : memory_.row_budgets,
+                                 dense_by_rule ? nullptr : memory_.row_budgets,
                                  memory_.scores,
-                                 dense_by_rule_ ? 1.0f : options.dense_above_density,
+                                 dense_by_rule ? 1.0f : options.dense_above_density,
                                  memory_.totals,
+                                 counts,
                                  memory_.lists,
                                  memory_.counts,
                                  memory_.head_stride};
   return ToStatus(LaunchBlockSelect(params, stream), "block lists");
 }
 
-bool BlockSelector::Matches(const HeadShape& heads, int64_t first_position,
-                            int64_t num_tokens) const {
-  return memory_.lists != nullptr && first_position == shape_.first_row * kBlockTokens &&
-         NumBlocks(num_tokens) == shape_.num_rows && heads.num_heads == shape_.num_heads;
-}
-
-absl::StatusOr<BlockSelection> BlockSelector::Read(cudaStream_t stream) const {
-  if (memory_.lists == nullptr)
-    return absl::FailedPreconditionError("ReadSelection before SelectBlocks");
+absl::StatusOr<BlockSelection> BlockSelector::Read(const SequenceAttention& args,
+                                                   cudaStream_t stream) const {
+  const bool dense_by_rule = IsDenseByRule(*args.proxy_attn, args.num_tokens());
   BlockSelection selection;
   selection.num_heads = shape_.num_heads;
   selection.num_proxies = shape_.num_proxies;
@@ -247,18 +241,18 @@ absl::StatusOr<BlockSelection> BlockSelector::Read(cudaStream_t stream) const {
   HEADSTART_RETURN_IF_ERROR(Copy(memory_.counts, selection.counts.size() * sizeof(int32_t),
                                  selection.counts.data(), stream));
   selection.budget_ratio.resize(shape_.num_heads);
-  HEADSTART_RETURN_IF_ERROR(Copy(budget_ratio_, selection.budget_ratio.size() * sizeof(float),
+  HEADSTART_RETURN_IF_ERROR(Copy(args.budget_ratio, selection.budget_ratio.size() * sizeof(float),
                                  selection.budget_ratio.data(), stream));
-  SelectionTotals totals{};
+  BlockCounts totals;
   HEADSTART_RETURN_IF_ERROR(Copy(memory_.totals, sizeof(totals), &totals, stream));
-  selection.dense_fallback = totals.dense_fallback != 0;
+  selection.dense_fallback = totals.dense_fallbacks != 0;
   selection.ranking.resize(shape_.num_proxies * selection.RankingStride());
   for (int32_t p = 0; p < shape_.num_proxies; ++p) {
     for (int64_t row = 0; row < shape_.num_rows; ++row) {
       const int64_t m = shape_.first_row + row;
       // Without scores (dense by rule) all are equal: the ranking is by index.
       std::vector<float> scores(m + 1);
-      if (!dense_by_rule_) {
+      if (!dense_by_rule) {
         const float* from = memory_.scores + (p * shape_.num_rows + row) * shape_.score_stride;
         HEADSTART_RETURN_IF_ERROR(Copy(from, (m + 1) * sizeof(float), scores.data(), stream));
       }

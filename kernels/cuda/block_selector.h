@@ -7,21 +7,21 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/attention_params.h"
-#include "kernels/backend.h"
 #include "kernels/cuda/cuda_resources.h"
 #include "kernels/cuda/launchers.h"
+#include "kernels/op_args.h"
 
 namespace headstart::cuda {
 
 // Where the pieces of a selection lie in one stretch of device memory, 256-byte aligned.
 struct SelectionMemory {
   SelectionMemory() = default;
-  // For a chunk of num_tokens tokens. base: of `bytes` bytes, or null to learn how many.
+  // For a piece of num_tokens tokens. base: of `bytes` bytes, or null to learn how many.
   SelectionMemory(const HeadShape& heads, int64_t num_tokens, int64_t first_position,
                   const ProxyAttnOptions& options, void* base);
 
   int64_t bytes = 0;
-  SelectionTotals* totals = nullptr;
+  BlockCounts* totals = nullptr;
   int32_t* budget_blocks = nullptr;  // [num_heads]
   uint16_t* lists = nullptr;         // see KeptBlocks
   int32_t* counts = nullptr;
@@ -45,40 +45,35 @@ class BlockSelector {
  public:
   explicit BlockSelector(int num_sms) : num_sms_(num_sms) {}
 
-  // Device memory that selections come to need for sequences of up to num_tokens tokens in chunks
-  // of up to chunk_tokens, whatever the options; and takes it.
-  static int64_t PlanScratch(const HeadShape& heads, int64_t chunk_tokens, int64_t num_tokens);
+  // Device memory that selections come to need for sequences of up to num_tokens tokens in pieces
+  // of up to piece_tokens, whatever the options; and takes it.
+  static int64_t PlanScratch(const HeadShape& heads, int64_t piece_tokens, int64_t num_tokens);
   absl::Status Reserve(int64_t bytes);
 
-  // Enqueues the selection for one chunk of one layer. The arguments were checked
-  // (kernels/select_args.h).
-  absl::Status Select(const SelectArgs& args, uint32_t* tile_counter, cudaStream_t stream);
+  // Enqueues the selection for one sequence of a call that passed CheckAttention. counts: in device
+  // memory, gets what is kept added; or null.
+  absl::Status Select(const SequenceAttention& args, BlockCounts* counts, uint32_t* tile_counter,
+                      cudaStream_t stream);
 
-  // What the last Select kept, on the device; only on the stream of Select.
+  // What the last Select kept, on the device; until the next one, and on its stream.
   KeptBlocks kept() const { return {memory_.lists, memory_.counts, memory_.head_stride}; }
-  const SelectionTotals* totals() const { return memory_.totals; }
-  // Whether the last Select was for this chunk.
-  bool Matches(const HeadShape& heads, int64_t first_position, int64_t num_tokens) const;
-
-  // The same on the host, ranked; waits for the stream.
-  absl::StatusOr<BlockSelection> Read(cudaStream_t stream) const;
+  // The same on the host, ranked; waits for the stream. args: of the last Select.
+  absl::StatusOr<BlockSelection> Read(const SequenceAttention& args, cudaStream_t stream) const;
 
  private:
   // Sets params.q and params.k.
-  absl::Status Pool(const SelectArgs& args, ProxyScoreParams& params, cudaStream_t stream);
+  absl::Status Pool(const SequenceAttention& args, ProxyScoreParams& params, cudaStream_t stream);
   // Scores and budgets.
-  absl::Status Score(const SelectArgs& args, uint32_t* tile_counter, cudaStream_t stream);
+  absl::Status Score(const SequenceAttention& args, uint32_t* tile_counter, cudaStream_t stream);
   absl::Status RowBudgets(const ProxyAttnOptions& options, const ProxyScoreParams& scores,
                           cudaStream_t stream);
-  absl::Status HeadBudgets(const SelectArgs& args, cudaStream_t stream);
+  absl::Status HeadBudgets(const SequenceAttention& args, cudaStream_t stream);
   absl::Status FixedBudget(int64_t blocks, cudaStream_t stream);
 
   const int num_sms_;
   DeviceScratch scratch_;
   SelectionMemory memory_;  // in scratch_
   SelectionShape shape_{};
-  bool dense_by_rule_ = false;
-  const float* budget_ratio_ = nullptr;
 };
 
 }  // namespace headstart::cuda

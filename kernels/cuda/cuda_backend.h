@@ -1,21 +1,20 @@
 // Backend for NVIDIA Hopper GPUs (sm_90): own attention, selection and elementwise kernels,
 // cuBLASLt for the products. Activations, KV cache and residual stream are bf16. Operations are
-// enqueued on one stream; KV is read on another, so that it leaves while later layers compute.
+// enqueued on one stream; what leaves does so on others, while later layers compute.
 #pragma once
 
 #include <memory>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
 #include "kernels/cuda/block_selector.h"
+#include "kernels/cuda/copy_stream.h"
 #include "kernels/cuda/cuda_resources.h"
 #include "kernels/cuda/event_timer.h"
 #include "kernels/cuda/gemm_cublaslt.h"
 #include "kernels/cuda/host_transfer.h"
-#include "kernels/cuda/kv_staging.h"
 
 namespace headstart::cuda {
 
@@ -30,9 +29,9 @@ class CudaBackend : public Backend {
   DType compute_dtype() const override { return DType::kBF16; }
   DType residual_dtype() const override { return DType::kBF16; }
 
-  int64_t PlanScratchBytes(const HeadShape& heads, int64_t chunk_tokens,
+  int64_t PlanScratchBytes(const HeadShape& heads, int64_t piece_tokens,
                            int64_t num_tokens) const override;
-  absl::Status ReserveScratch(const HeadShape& heads, int64_t chunk_tokens,
+  absl::Status ReserveScratch(const HeadShape& heads, int64_t piece_tokens,
                               int64_t num_tokens) override;
   std::optional<int64_t> FreeBytes() const override;
   bool LearnsShapes() const override { return true; }  // cuBLASLt's algorithms
@@ -53,21 +52,18 @@ class CudaBackend : public Backend {
   absl::Status Linear(const LinearWeight& weight, Matrix in, Matrix out,
                       LinearOutput mode) override;
   absl::Status RopeAndStoreKv(const RopeArgs& args) override;
-  absl::Status SelectBlocks(const SelectArgs& args) override;
   absl::Status Attention(const AttentionArgs& args) override;
   absl::Status SwiGlu(Matrix gate_up, Matrix out) override;
 
-  absl::Status ReadKv(const KvPages& kv, int64_t token_begin, int64_t token_count,
-                      absl::Span<std::byte> out) override;
-  absl::StatusOr<BlockSelection> ReadSelection() override { return selector_.Read(stream_.get()); }
-  void ResetStats(int32_t num_layers) override;
-  absl::StatusOr<BackendStats> ReadStats() override;
+  absl::StatusOr<HostBuffer> AllocateHost(int64_t bytes) override;
+  absl::StatusOr<std::unique_ptr<PendingCopy>> CopyOut(absl::Span<const HostCopy> copies) override;
+  absl::StatusOr<BackendTimes> TakeTimes() override;
 
  private:
   struct Resources {
     Stream stream;
     Event finished;
-    KvStaging kv_staging;
+    CopyStream copies;
     HostTransfer transfer;
     std::unique_ptr<CublasLtGemm> gemm;
     DeviceMemory tile_counter;
@@ -75,26 +71,22 @@ class CudaBackend : public Backend {
   CudaBackend(std::string device, int num_sms, Resources resources);
 
   void Free(void* data) override;
-  absl::Status CheckLayer(int32_t layer) const;
-  // What the selections of a layer add up to since ResetStats, on the device.
-  absl::StatusOr<SelectionTotals*> SelectedTotals(int32_t layer);
-  // Adds what an Attention call executed to its layer's statistics.
-  absl::Status CountBlocks(const AttentionArgs& args);
+  // Selects the blocks of a sequence and reads them where that is wanted.
+  absl::Status Select(const AttentionArgs& args, const AttentionSequence& sequence);
+  // Attention of up to kMaxSequences sequences in one launch.
+  absl::Status Attend(const AttentionArgs& args, absl::Span<const AttendedSequence> sequences);
 
   const std::string device_;
   const int num_sms_;
   Stream stream_;
-  Event finished_;  // recorded and waited for by ReadStats
-  KvStaging kv_staging_;
+  Event finished_;  // recorded and waited for by TakeTimes
+  CopyStream copies_;
   HostTransfer transfer_;
   std::unique_ptr<CublasLtGemm> gemm_;
   DeviceMemory tile_counter_;  // one word; kernels that take tiles leave it 0
   BlockSelector selector_;
-  DeviceScratch ids_, selected_totals_;
+  DeviceScratch ids_;
   EventTimer selection_timer_, attention_timer_;
-  std::vector<LayerStats>
-      dense_stats_;              // of attention without a selection; the rest is on the device
-  bool totals_cleared_ = false;  // selected_totals_, since ResetStats
 };
 
 }  // namespace headstart::cuda

@@ -38,9 +38,8 @@ absl::StatusOr<Stream> MakeStream(bool urgent) {
   return Stream(stream);
 }
 
-absl::StatusOr<Event> MakeEvent(bool timed) {
+absl::StatusOr<Event> MakeEvent(unsigned flags) {
   cudaEvent_t event = nullptr;
-  const unsigned flags = timed ? cudaEventDefault : cudaEventDisableTiming;
   HEADSTART_RETURN_IF_ERROR(ToStatus(cudaEventCreateWithFlags(&event, flags), "event"));
   return Event(event);
 }
@@ -70,9 +69,10 @@ absl::StatusOr<DeviceMemory> AllocateDevice(int64_t bytes) {
 
 absl::StatusOr<PinnedMemory> AllocatePinned(int64_t bytes) {
   void* data = nullptr;
+  const cudaError_t error = cudaMallocHost(&data, static_cast<size_t>(bytes));
+  if (error == cudaErrorMemoryAllocation) cudaGetLastError();  // as above
   HEADSTART_RETURN_IF_ERROR(
-      ToStatus(cudaMallocHost(&data, static_cast<size_t>(bytes)),
-               absl::StrCat("allocating ", bytes, " bytes of pinned host memory")));
+      ToStatus(error, absl::StrCat("allocating ", bytes, " bytes of pinned host memory")));
   return PinnedMemory(data);
 }
 

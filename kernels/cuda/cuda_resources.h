@@ -31,7 +31,12 @@ using PinnedMemory = std::unique_ptr<void, Destroyer<cudaFreeHost>>;
 // A stream that does not wait for the default one; `urgent` streams go first when multiprocessors
 // get free.
 absl::StatusOr<Stream> MakeStream(bool urgent);
-absl::StatusOr<Event> MakeEvent(bool timed);
+// Flags of cudaEventCreateWithFlags: to wait for, to measure time, or to sleep until it has
+// happened.
+inline constexpr unsigned kOrderEvent = cudaEventDisableTiming;
+inline constexpr unsigned kTimedEvent = cudaEventDefault;
+inline constexpr unsigned kSleepEvent = cudaEventDisableTiming | cudaEventBlockingSync;
+absl::StatusOr<Event> MakeEvent(unsigned flags);
 // Holds this thread until the event has happened. The driver comes back from waiting with the upper
 // halves of the vector registers in use, and while they are, code that was not compiled for AVX
 // runs some 15 times slower on Intel's servers (34 ms instead of 2 for one look at 128K logits):

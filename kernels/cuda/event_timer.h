@@ -14,9 +14,8 @@ class EventTimer {
  public:
   absl::Status Begin(cudaStream_t stream);
   absl::Status End(cudaStream_t stream);
-  // Seconds since Reset; the stream must have passed the last End.
-  absl::StatusOr<double> Seconds() const;
-  void Reset() { used_ = 0; }
+  // Seconds since the last TakeSeconds; the stream must have passed the last End.
+  absl::StatusOr<double> TakeSeconds();
 
  private:
   std::vector<std::pair<Event, Event>> pairs_;

@@ -17,7 +17,7 @@ absl::StatusOr<HostTransfer> HostTransfer::Create() {
   std::vector<Slot> slots(kSlots);
   for (Slot& slot : slots) {
     HEADSTART_ASSIGN_OR_RETURN(slot.memory, AllocatePinned(kSlotBytes));
-    HEADSTART_ASSIGN_OR_RETURN(slot.done, MakeEvent(/*timed=*/false));
+    HEADSTART_ASSIGN_OR_RETURN(slot.done, MakeEvent(kOrderEvent));
   }
   return HostTransfer(std::move(slots));
 }

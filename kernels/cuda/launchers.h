@@ -52,11 +52,20 @@ struct RopeTableParams {
 };
 cudaError_t LaunchRopeTable(const RopeTableParams& params, cudaStream_t stream);
 
+// Sequences of one launch. More of them take more launches.
+inline constexpr int kMaxSequences = 16;
+
 // Q and K heads: RMSNorm where a weight is given, then RoPE ("rotate half"). Q in place, K and V to
 // the pages.
 struct RopeKvWriteParams {
-  void* qkv;  // [rows, (H + 2 H_kv) d]
-  int64_t rows, qkv_stride, first_position;
+  struct Sequence {
+    SequenceRows rows;
+    uint32_t* not_finite;  // or null: set to 1, never cleared, by a K or V that is infinite or NaN
+  };
+  Sequence sequences[kMaxSequences];
+  int num_sequences;  // 1 to kMaxSequences
+  void* qkv;          // [rows, (H + 2 H_kv) d]
+  int64_t qkv_stride;
   const float2* cos_sin;  // [positions][d / 2]
   const float* q_norm;    // f32 [d] or null
   const float* k_norm;
@@ -64,16 +73,6 @@ struct RopeKvWriteParams {
   KvPages kv;
 };
 cudaError_t LaunchRopeKvWrite(const RopeKvWriteParams& params, cudaStream_t stream);
-
-// Gathers tokens [token_begin, token_begin + token_count) of the pages: K, then V, each
-// [H_kv][token_count][d]. Sets *not_finite (never clears it) when a value is infinite or NaN.
-struct KvGatherParams {
-  KvPages kv;
-  int64_t token_begin, token_count;
-  void* out;
-  uint32_t* not_finite;
-};
-cudaError_t LaunchKvGather(const KvGatherParams& params, cudaStream_t stream);
 
 // ---- attention
 
@@ -87,16 +86,12 @@ struct KeptBlocks {
   int64_t head_stride = 0;
 };
 
-// One of the sequences of a launch. Row first_row + r of q and out is its token first_position + r;
-// its pages hold tokens [0, first_position + rows).
-struct AttentionSequence {
-  int64_t first_row = 0;
-  int64_t rows = 0;
-  int64_t first_position = 0;  // any when dense, a multiple of kBlockTokens with lists
-  const int32_t* page_table = nullptr;
+// One of the sequences of a launch; its pages hold tokens [0, first_position + num_rows).
+struct AttendedSequence {
+  SequenceRows rows;  // first_position: any when dense, a multiple of kBlockTokens with lists
   KeptBlocks kept;
+  BlockCounts* counts = nullptr;  // when dense, or null: its blocks are added
 };
-inline constexpr int kMaxAttentionSequences = 16;
 
 // Causal GQA attention, scale 1 / sqrt(d), d 64 or 128, of sequences that share a pool of pages.
 // Rows of no sequence are not written. Deterministic bit for bit, whatever else is in the launch.
@@ -104,10 +99,10 @@ struct AttentionParams {
   const void* q;  // [rows, q_stride], the rows of all sequences
   void* out;
   int64_t rows, q_stride, out_stride;
-  KvPages kv;                          // pages and shape; the page tables are the sequences'
-  const AttentionSequence* sequences;  // host memory, read by the call
-  int num_sequences;                   // 1 to kMaxAttentionSequences
-  uint32_t* tile_counter;              // one word, 0; left 0; one launch at a time
+  KvPages kv;
+  const AttendedSequence* sequences;  // host memory, read by the call
+  int num_sequences;                  // 1 to kMaxSequences
+  uint32_t* tile_counter;             // one word, 0; left 0; one launch at a time
   int num_sms;
 };
 cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream);
@@ -126,6 +121,7 @@ struct PoolQueriesParams {
 cudaError_t LaunchPoolQueries(const PoolQueriesParams& params, cudaStream_t stream);
 struct PoolKeysParams {
   KvPages kv;
+  const int32_t* page_table;
   int64_t num_tokens;
   int32_t num_groups, stride;
   void* out;
@@ -164,12 +160,13 @@ struct RowMassParams {
 };
 cudaError_t LaunchRowMass(const RowMassParams& params, cudaStream_t stream);
 
-// Attention mass of every key block in the last query block of a chunk: mass[head][n] >= 0, each
+// Attention mass of every key block in the last query block of a piece: mass[head][n] >= 0, each
 // head's sum is 1.
 struct BlockMassParams {
-  const void* q;  // the chunk's, [rows, H d]
+  const void* q;  // the piece's, [rows, H d]
   int64_t rows, q_stride, first_position;
   KvPages kv;
+  const int32_t* page_table;
   float2* partial;  // scratch: [num_heads][key blocks][kBlockTokens] {maximum, sum}
   float* log_sums;  // scratch: [num_heads][kBlockTokens]
   float* mass;      // [num_heads][key blocks]
@@ -215,10 +212,6 @@ cudaError_t LaunchRowBudget(const RowBudgetParams& params, cudaStream_t stream);
 cudaError_t LaunchFixedBudget(int32_t num_heads, int32_t blocks, int32_t* budget_blocks,
                               cudaStream_t stream);
 
-struct SelectionTotals {
-  uint64_t executed_blocks, causal_blocks, dense_fallback;
-};
-
 // Turns budgets into counts and lists of blocks; all counts are m + 1 when more than
 // dense_above_density of the causal blocks would be kept.
 struct BlockSelectParams {
@@ -227,16 +220,12 @@ struct BlockSelectParams {
   const int32_t* row_budgets;    // [num_proxies][num_rows], or null
   const float* scores;
   float dense_above_density;
-  SelectionTotals* totals;  // out
-  uint16_t* lists;          // out, as in KeptBlocks
-  int32_t* counts;          // out
+  BlockCounts* totals;  // out: what this selection keeps
+  BlockCounts* sum;     // or null: the same is added
+  uint16_t* lists;      // out, as in KeptBlocks
+  int32_t* counts;      // out
   int64_t head_stride;
 };
 cudaError_t LaunchBlockSelect(const BlockSelectParams& params, cudaStream_t stream);
-// Add the blocks of *totals to *sum, or its fallback.
-cudaError_t LaunchCountBlocks(const SelectionTotals* totals, SelectionTotals* sum,
-                              cudaStream_t stream);
-cudaError_t LaunchCountFallback(const SelectionTotals* totals, SelectionTotals* sum,
-                                cudaStream_t stream);
 
 }  // namespace headstart::cuda

@@ -27,17 +27,31 @@ __device__ __forceinline__ float HeadSum(float x) {
   return x;
 }
 
+// A token of one of the sequences.
+struct TokenPlace {
+  const RopeKvWriteParams::Sequence& sequence;
+  int64_t index;  // of the sequence's rows
+};
+__device__ __forceinline__ TokenPlace PlaceOf(const RopeKvWriteParams& params, int64_t index) {
+  int s = 0;
+  while (index >= params.sequences[s].rows.num_rows) index -= params.sequences[s++].rows.num_rows;
+  return {params.sequences[s], index};
+}
+
 // One CTA a token. kHeadDim / 16 lanes hold a head; a lane eight columns of its first half and the
 // eight that rotate with them.
 template <int kHeadDim>
-__global__ void __launch_bounds__(kThreads) RopeKvWriteKernel(const RopeKvWriteParams params) {
+__global__ void __launch_bounds__(kThreads)
+    RopeKvWriteKernel(const __grid_constant__ RopeKvWriteParams params) {
   constexpr int kHalf = kHeadDim / 2, kLanes = kHalf / 8;
   const HeadShape& shape = params.kv.shape;
-  const int64_t position = params.first_position + blockIdx.x;
+  const auto [sequence, index] = PlaceOf(params, blockIdx.x);
+  const int64_t position = sequence.rows.first_position + index;
   const int slot = static_cast<int>(position % kBlockTokens);
   Bf16* const page = static_cast<Bf16*>(params.kv.pages) +
-                     params.kv.page_table[position / kBlockTokens] * params.kv.page_elements();
-  Bf16* const row = static_cast<Bf16*>(params.qkv) + blockIdx.x * params.qkv_stride;
+                     sequence.rows.page_table[position / kBlockTokens] * params.kv.page_elements();
+  Bf16* const row =
+      static_cast<Bf16*>(params.qkv) + (sequence.rows.first_row + index) * params.qkv_stride;
   const int column = threadIdx.x % kLanes * 8;
   const auto* angles = reinterpret_cast<const float*>(params.cos_sin + position * kHalf + column);
   const Float8 first_angles = LoadFloat8(angles), second_angles = LoadFloat8(angles + 8);
@@ -81,8 +95,13 @@ __global__ void __launch_bounds__(kThreads) RopeKvWriteKernel(const RopeKvWriteP
     // The planes of a page follow each other: V head i is plane H_kv + i.
     Bf16* const target =
         kv_head < 0 ? source : page + (kv_head * kBlockTokens + slot) * kHeadDim + column;
-    *reinterpret_cast<uint4*>(target) = Pack(low);
-    *reinterpret_cast<uint4*>(target + kHalf) = Pack(high);
+    const uint4 packed_low = Pack(low), packed_high = Pack(high);
+    *reinterpret_cast<uint4*>(target) = packed_low;
+    *reinterpret_cast<uint4*>(target + kHalf) = packed_high;
+    if (kv_head >= 0 && sequence.not_finite != nullptr &&
+        (AnyNotFinite(packed_low) || AnyNotFinite(packed_high))) {
+      *sequence.not_finite = 1;
+    }
   }
 }
 
@@ -95,7 +114,11 @@ cudaError_t LaunchRopeTable(const RopeTableParams& params, cudaStream_t stream) 
 }
 
 cudaError_t LaunchRopeKvWrite(const RopeKvWriteParams& params, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>(params.rows);
+  if (params.num_sequences < 1 || params.num_sequences > kMaxSequences)
+    return cudaErrorInvalidValue;
+  int64_t rows = 0;
+  for (int i = 0; i < params.num_sequences; ++i) rows += params.sequences[i].rows.num_rows;
+  const auto grid = static_cast<unsigned>(rows);
   switch (params.kv.shape.head_dim) {
     case 64:
       RopeKvWriteKernel<64><<<grid, kThreads, 0, stream>>>(params);

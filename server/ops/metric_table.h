@@ -26,7 +26,8 @@ inline constexpr MetricSpec kQueueTokens{MetricType::kGauge, "headstart_queue_to
                                          "Prompt tokens of queued requests"};
 inline constexpr MetricSpec kRunningRequests{MetricType::kGauge, "headstart_running_requests",
                                              "model",
-                                             "Requests that compute, or send what was computed"};
+                                             "Requests that compute, send what was computed, or "
+                                             "keep it to be fetched"};
 inline constexpr MetricSpec kInflightTokens{
     MetricType::kGauge, "headstart_inflight_tokens", "model",
     "Prompt tokens of all accepted requests that have not ended"};
@@ -47,9 +48,10 @@ inline constexpr MetricSpec kTimeToFirstChunk{
     "Accepted until the client's connection had taken the first KV chunk"};
 inline constexpr MetricSpec kTimeToFirstToken{
     MetricType::kHistogram, "headstart_time_to_first_token_seconds", "model",
-    "Accepted until the client's connection had taken all KV and the first token, for requests "
-    "that "
-    "ended OK; the sum of queue, selection, attention, other compute and exposed transfer"};
+    "Accepted until the client's connection had taken the first token and all KV that the call "
+    "ships, for requests that ended OK; of attached KV about the sum of queue, selection, "
+    "attention, "
+    "other compute, room wait and exposed transfer"};
 inline constexpr MetricSpec kQueueTime{MetricType::kHistogram, "headstart_queue_seconds", "model",
                                        "Accepted until compute began"};
 inline constexpr MetricSpec kComputeTime{
@@ -64,7 +66,8 @@ inline constexpr MetricSpec kOtherComputeTime{MetricType::kHistogram,
                                               "Everything else of the model"};
 inline constexpr MetricSpec kExposedTransferTime{
     MetricType::kHistogram, "headstart_exposed_transfer_seconds", "model",
-    "Time that shipping KV added to the time to first token"};
+    "End of compute, or opening of the call if that was later, until the client's connection had "
+    "taken the last KV, one a stream that ended OK"};
 inline constexpr MetricSpec kRequestTime{MetricType::kHistogram, "headstart_request_seconds",
                                          "model", "Accepted until ended, however it ended"};
 
@@ -73,16 +76,42 @@ inline constexpr MetricSpec kPromptTokens{MetricType::kHistogram, "headstart_pro
 inline constexpr MetricSpec kPromptTokensTotal{
     MetricType::kCounter, "headstart_prompt_tokens_total", "model,source",
     "Prompt tokens whose KV was made, by where it came from"};
-inline constexpr MetricSpec kKvBytesSent{MetricType::kCounter, "headstart_kv_bytes_sent_total",
-                                         "model", "KV bytes that connections have taken"};
+inline constexpr MetricSpec kKvBytesSent{
+    MetricType::kCounter, "headstart_kv_bytes_sent_total", "model,stripes",
+    "KV bytes that connections have taken, by how many stripes "
+    "the client fetches (1: also what Prefill ships)"};
 inline constexpr MetricSpec kKvChunksSent{MetricType::kCounter, "headstart_kv_chunks_sent_total",
                                           "model", "KV chunks that connections have taken"};
-inline constexpr MetricSpec kKvChunkStall{
-    MetricType::kHistogram, "headstart_kv_chunk_stall_seconds", "model",
-    "Waits of compute for a client to take KV, one a chunk that had to wait"};
+inline constexpr MetricSpec kKvOverlap{
+    MetricType::kHistogram, "headstart_kv_overlap_ratio", "model",
+    "Share of a stream's KV that the connection had taken before compute ended, one a stream that "
+    "ended OK"};
+inline constexpr MetricSpec kKvRoomWait{MetricType::kHistogram, "headstart_kv_room_wait_seconds",
+                                        "model",
+                                        "Time a request could not compute because host memory was "
+                                        "full of KV that nobody had taken, one "
+                                        "a request that had to wait and ended OK"};
+inline constexpr MetricSpec kKvRoomWaiting{
+    MetricType::kGauge, "headstart_kv_room_waiting_requests", "model",
+    "Requests that do not compute now because host memory is full of KV that nobody has taken"};
 inline constexpr MetricSpec kKvTransferFailures{
     MetricType::kCounter, "headstart_kv_transfer_failures_total", "model,reason",
     "Requests that ended before their client had all KV although compute had begun"};
+inline constexpr MetricSpec kKvFetches{MetricType::kCounter, "headstart_kv_fetches_total",
+                                       "model,code", "FetchKv calls that ended, by gRPC code"};
+inline constexpr MetricSpec kKvFetchStreams{MetricType::kGauge, "headstart_kv_fetch_streams",
+                                            "model", "FetchKv calls that follow KV now"};
+inline constexpr MetricSpec kKvResumes{MetricType::kCounter, "headstart_kv_resumes_total", "model",
+                                       "FetchKv calls that went on after another one"};
+inline constexpr MetricSpec kKvLeases{MetricType::kGauge, "headstart_kv_leases", "model",
+                                      "Computed prompts whose detached KV is kept"};
+inline constexpr MetricSpec kKvLeaseTokens{MetricType::kGauge, "headstart_kv_lease_tokens", "model",
+                                           "Prompt tokens of these"};
+inline constexpr MetricSpec kKvLeasesExpired{
+    MetricType::kCounter, "headstart_kv_leases_expired_total", "model",
+    "Detached KV that was given up because its lease ended"};
+inline constexpr MetricSpec kHostKvBytes{MetricType::kGauge, "headstart_host_kv_bytes", "state",
+                                         "Host memory for KV on its way out"};
 inline constexpr MetricSpec kKvPoolBlocks{MetricType::kGauge, "headstart_kv_pool_blocks", "state",
                                           "Pages of the KV pool"};
 inline constexpr MetricSpec kKvPoolAcquired{
@@ -111,7 +140,7 @@ inline constexpr MetricSpec kLayerSparsity{MetricType::kGauge, "headstart_layer_
 inline constexpr MetricSpec kAttentionFallback{
     MetricType::kCounter, "headstart_attention_fallback_total", "model,reason",
     "Dense attention although ProxyAttn was asked for: whole prompts below the dense limit, or "
-    "layers times prefill chunks whose selection kept too much"};
+    "layers times pieces whose selection kept too much"};
 inline constexpr MetricSpec kNonfiniteOutputs{
     MetricType::kCounter, "headstart_nonfinite_outputs_total", "model",
     "Requests that failed because the model computed NaN or infinity"};
@@ -161,7 +190,10 @@ inline constexpr std::array kAll = {kRequests,           kQueueRequests,       k
                                     kComputeTime,        kSelectionTime,       kAttentionTime,
                                     kOtherComputeTime,   kExposedTransferTime, kRequestTime,
                                     kPromptTokens,       kPromptTokensTotal,   kKvBytesSent,
-                                    kKvChunksSent,       kKvChunkStall,        kKvTransferFailures,
+                                    kKvChunksSent,       kKvOverlap,           kKvRoomWait,
+                                    kKvRoomWaiting,      kKvTransferFailures,  kKvFetches,
+                                    kKvFetchStreams,     kKvResumes,           kKvLeases,
+                                    kKvLeaseTokens,      kKvLeasesExpired,     kHostKvBytes,
                                     kKvPoolBlocks,       kKvPoolAcquired,      kKvPoolReleased,
                                     kKvCacheUtilization, kAttentionDensity,    kExecutedBlocks,
                                     kCausalBlocks,       kPredictedBlocks,     kLayerSparsity,

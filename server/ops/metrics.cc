@@ -43,9 +43,11 @@ constexpr std::array kEndings = {
     Ending{absl::StatusCode::kInvalidArgument, ErrorReason::kInvalidField},
     Ending{absl::StatusCode::kFailedPrecondition, ErrorReason::kKvDtypeUnavailable},
     Ending{absl::StatusCode::kFailedPrecondition, ErrorReason::kPromptExceedsPool},
+    Ending{absl::StatusCode::kFailedPrecondition, ErrorReason::kHostMemoryFull},
     Ending{absl::StatusCode::kAlreadyExists, ErrorReason::kDuplicateRequestId},
     Ending{absl::StatusCode::kResourceExhausted, ErrorReason::kQueueFull},
     Ending{absl::StatusCode::kResourceExhausted, ErrorReason::kOutOfMemory},
+    Ending{absl::StatusCode::kResourceExhausted, ErrorReason::kHostMemoryFull},
     Ending{absl::StatusCode::kUnavailable, ErrorReason::kLoading},
     Ending{absl::StatusCode::kUnavailable, ErrorReason::kDraining},
     Ending{absl::StatusCode::kUnavailable, ErrorReason::kEngineLost},
@@ -53,6 +55,7 @@ constexpr std::array kEndings = {
     Ending{absl::StatusCode::kDeadlineExceeded, ErrorReason::kDeadlineUnreachable},
     Ending{absl::StatusCode::kCancelled, ErrorReason::kClientCancelled},
     Ending{absl::StatusCode::kCancelled, ErrorReason::kClientStalled},
+    Ending{absl::StatusCode::kAborted, ErrorReason::kKvReleased},
     Ending{absl::StatusCode::kInternal, ErrorReason::kNonfiniteOutput},
     Ending{absl::StatusCode::kInternal, ErrorReason::kInternal},
     Ending{absl::StatusCode::kPermissionDenied, ErrorReason::kPeerNotAllowed},
@@ -61,14 +64,41 @@ constexpr std::array kEndings = {
 constexpr std::array kTransferFailures = {
     ErrorReason::kOutOfMemory,   ErrorReason::kDeadlineExceeded, ErrorReason::kClientCancelled,
     ErrorReason::kClientStalled, ErrorReason::kNonfiniteOutput,  ErrorReason::kInternal,
-    ErrorReason::kEngineLost,
+    ErrorReason::kEngineLost,    ErrorReason::kKvReleased,
 };
+// How FetchKv calls can end.
+constexpr std::array kFetchCodes = {
+    absl::StatusCode::kOk,
+    absl::StatusCode::kInvalidArgument,
+    absl::StatusCode::kNotFound,
+    absl::StatusCode::kPermissionDenied,
+    absl::StatusCode::kAborted,
+    absl::StatusCode::kOutOfRange,
+    absl::StatusCode::kCancelled,
+    absl::StatusCode::kDeadlineExceeded,
+    absl::StatusCode::kUnavailable,
+    absl::StatusCode::kInternal,
+    absl::StatusCode::kResourceExhausted,
+};
+
+// Label values for how many stripes a client fetches.
+constexpr std::array kStripeLabels = {"1", "2-4", "5-8", "9+"};
+
+size_t StripeLabel(int32_t stripes) {
+  if (stripes <= 1) return 0;
+  if (stripes <= 4) return 1;
+  return stripes <= 8 ? 2 : 3;
+}
 
 prometheus::Labels RequestLabels(const std::string& model, absl::StatusCode code,
                                  ErrorReason reason) {
   return {{"model", model},
           {"code", absl::StatusCodeToString(code)},
           {"reason", std::string(ErrorReasonName(reason))}};
+}
+
+prometheus::Labels FetchLabels(const std::string& model, absl::StatusCode code) {
+  return {{"model", model}, {"code", absl::StatusCodeToString(code)}};
 }
 
 double Seconds(absl::Duration duration) { return absl::ToDoubleSeconds(duration); }
@@ -79,6 +109,7 @@ Metrics::Metrics(const std::string& model)
     : model_(model),
       requests_(CounterFamily(metric::kRequests)),
       transfer_failures_(CounterFamily(metric::kKvTransferFailures)),
+      fetches_(CounterFamily(metric::kKvFetches)),
       time_to_first_chunk_(AddHistogram(metric::kTimeToFirstChunk, TimeBuckets())),
       time_to_first_token_(AddHistogram(metric::kTimeToFirstToken, TimeBuckets())),
       queue_time_(AddHistogram(metric::kQueueTime, TimeBuckets())),
@@ -89,15 +120,18 @@ Metrics::Metrics(const std::string& model)
       exposed_transfer_time_(AddHistogram(metric::kExposedTransferTime, TimeBuckets())),
       request_time_(AddHistogram(metric::kRequestTime, TimeBuckets())),
       prompt_tokens_(AddHistogram(metric::kPromptTokens, TokenBuckets())),
-      chunk_stall_(AddHistogram(metric::kKvChunkStall, TimeBuckets())),
+      room_wait_(AddHistogram(metric::kKvRoomWait, TimeBuckets())),
+      overlap_(AddHistogram(metric::kKvOverlap, ShareBuckets())),
       density_(AddHistogram(metric::kAttentionDensity, ShareBuckets())),
       prompt_tokens_computed_(AddCounter(metric::kPromptTokensTotal, {{"source", "computed"}})),
-      kv_bytes_sent_(AddCounter(metric::kKvBytesSent, {})),
       kv_chunks_sent_(AddCounter(metric::kKvChunksSent, {})),
+      resumes_(AddCounter(metric::kKvResumes, {})),
+      fetch_streams_(GaugeFamily(metric::kKvFetchStreams).Add({{"model", model}})),
       fallback_short_(AddCounter(metric::kAttentionFallback, {{"reason", "below_dense_limit"}})),
       fallback_density_(AddCounter(metric::kAttentionFallback, {{"reason", "density"}})),
       nonfinite_(AddCounter(metric::kNonfiniteOutputs, {})) {
   AddRequestCounters();
+  AddStripeCounters();
 }
 
 prometheus::Family<prometheus::Counter>& Metrics::CounterFamily(const MetricSpec& spec) {
@@ -127,6 +161,14 @@ void Metrics::AddRequestCounters() {
       RequestLabels(kUnknownModel, absl::StatusCode::kNotFound, ErrorReason::kUnknownModel));
   for (const ErrorReason reason : kTransferFailures) {
     transfer_failures_.Add({{"model", model_}, {"reason", std::string(ErrorReasonName(reason))}});
+  }
+  for (const absl::StatusCode code : kFetchCodes) fetches_.Add(FetchLabels(model_, code));
+}
+
+void Metrics::AddStripeCounters() {
+  auto& bytes = CounterFamily(metric::kKvBytesSent);
+  for (const char* label : kStripeLabels) {
+    kv_bytes_sent_.push_back(&bytes.Add({{"model", model_}, {"stripes", label}}));
   }
 }
 
@@ -164,10 +206,12 @@ void Metrics::RecordCall(const CallRecord& record, const absl::Status& status) {
       .Increment();
   if (reason == ErrorReason::kNonfiniteOutput) nonfinite_.Increment();
   if (!record.accepted) return;
-  request_time_.Observe(Seconds(record.total));
+  request_time_.Observe(Seconds(record.total()));
   prompt_tokens_.Observe(static_cast<double>(record.num_tokens));
-  if (record.first_chunk) time_to_first_chunk_.Observe(Seconds(*record.first_chunk));
-  if (record.result) RecordBlocks(*record.result);
+  if (record.sent.chunks > 0) {
+    time_to_first_chunk_.Observe(Seconds(record.sent.first_chunk_at - record.accepted_at));
+  }
+  if (record.sent.result != nullptr) RecordBlocks(*record.sent.result);
   if (status.ok()) {
     RecordComputed(record);
   } else if (record.queue) {
@@ -177,16 +221,18 @@ void Metrics::RecordCall(const CallRecord& record, const absl::Status& status) {
 }
 
 void Metrics::RecordComputed(const CallRecord& record) {
-  const TimeShares shares = ShareTime(*record.queue, *record.result, record.total);
-  time_to_first_token_.Observe(Seconds(record.total));
+  const PrefillResult& result = *record.sent.result;
+  const TimeShares shares = ShareTime(result, record.ended_at);
+  time_to_first_token_.Observe(Seconds(record.ended_at - result.accepted_at));
   compute_time_.Observe(Seconds(shares.compute()));
   selection_time_.Observe(Seconds(shares.selection));
   attention_time_.Observe(Seconds(shares.attention));
   other_compute_time_.Observe(Seconds(shares.other_compute));
-  exposed_transfer_time_.Observe(Seconds(shares.exposed_transfer));
+  if (result.room_wait_seconds > 0) room_wait_.Observe(result.room_wait_seconds);
+  if (!record.detached) RecordOverlap(record.sent, record.accepted_at);
   prompt_tokens_computed_.Increment(static_cast<double>(record.num_tokens));
   if (record.below_dense_limit) fallback_short_.Increment();
-  fallback_density_.Increment(static_cast<double>(record.result->dense_fallbacks));
+  fallback_density_.Increment(static_cast<double>(result.dense_fallbacks));
 }
 
 void Metrics::RecordBlocks(const PrefillResult& result) {
@@ -205,12 +251,29 @@ void Metrics::RecordBlocks(const PrefillResult& result) {
 
 void Metrics::RecordComputeStart(absl::Duration queue) { queue_time_.Observe(Seconds(queue)); }
 
-void Metrics::RecordChunkSent(int64_t bytes) {
-  kv_chunks_sent_.Increment();
-  kv_bytes_sent_.Increment(static_cast<double>(bytes));
+void Metrics::RecordFetchStart(bool resumes) {
+  fetch_streams_.Increment();
+  if (resumes) resumes_.Increment();
 }
 
-void Metrics::RecordChunkStall(absl::Duration waited) { chunk_stall_.Observe(Seconds(waited)); }
+void Metrics::RecordFetch(const FetchRecord& record, const absl::Status& status) {
+  fetches_.Add(FetchLabels(model_, status.code())).Increment();
+  if (!record.opened) return;
+  fetch_streams_.Decrement();
+  if (status.ok()) RecordOverlap(record.sent, record.opened_at);
+}
+
+void Metrics::RecordOverlap(const SendRecord& sent, absl::Time opened_at) {
+  if (sent.kv_bytes == 0) return;
+  exposed_transfer_time_.Observe(Seconds(ExposedTransfer(sent, opened_at)));
+  overlap_.Observe(static_cast<double>(sent.kv_bytes_before_computed) /
+                   static_cast<double>(sent.kv_bytes));
+}
+
+void Metrics::RecordChunkSent(int64_t bytes, int32_t stripes) {
+  kv_chunks_sent_.Increment();
+  kv_bytes_sent_[StripeLabel(stripes)]->Increment(static_cast<double>(bytes));
+}
 
 std::string Metrics::Serialize(const MetricsSnapshot& snapshot) const {
   std::vector<prometheus::MetricFamily> families = registry_.Collect();

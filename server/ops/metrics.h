@@ -6,6 +6,7 @@
 #include <prometheus/histogram.h>
 #include <prometheus/registry.h>
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <string>
@@ -13,8 +14,8 @@
 #include <vector>
 
 #include "absl/status/status.h"
-#include "server/admission.h"
-#include "server/error.h"
+#include "engine/error.h"
+#include "engine/schedule/scheduler.h"
 #include "server/ops/metric_table.h"
 #include "server/rpc/call_record.h"
 
@@ -35,8 +36,9 @@ struct ModelFacts {
 
 // State that is looked at when /metrics is asked for.
 struct MetricsSnapshot {
-  Load load;
-  AdmissionLimits limits;
+  SchedulerLoad load;
+  int64_t max_queue_requests = 0;
+  int64_t max_queue_tokens = 0;
   bool ready = false;
   bool draining = false;
   int64_t layers_done = 0;
@@ -44,6 +46,8 @@ struct MetricsSnapshot {
   int64_t pool_free = 0;
   int64_t pool_acquired = 0;
   int64_t pool_released = 0;
+  int64_t host_kv_bytes = 0;
+  int64_t host_kv_free_bytes = 0;
   int64_t connections = 0;
   int64_t connections_accepted = 0;
   std::vector<std::pair<std::string, int64_t>> connections_shed;  // by reason
@@ -59,10 +63,13 @@ class Metrics {
 
   // A call ended. Once a call.
   void RecordCall(const CallRecord& record, const absl::Status& status);
+  void RecordFetch(const FetchRecord& record, const absl::Status& status);
 
   void RecordComputeStart(absl::Duration queue);
-  void RecordChunkSent(int64_t bytes);
-  void RecordChunkStall(absl::Duration waited);
+  // A FetchKv call found its KV.
+  void RecordFetchStart(bool resumes);
+  // `stripes`: into how many the client has cut what it fetches.
+  void RecordChunkSent(int64_t bytes, int32_t stripes);
 
   // Prometheus text format 0.0.4.
   std::string Serialize(const MetricsSnapshot& snapshot) const;
@@ -76,13 +83,17 @@ class Metrics {
                                       const prometheus::Histogram::BucketBoundaries& buckets);
   prometheus::Counter& AddCounter(const MetricSpec& spec, Labels labels);
   void AddRequestCounters();
+  void AddStripeCounters();
   void RecordComputed(const CallRecord& record);
   void RecordBlocks(const PrefillResult& result);
+  // How well a stream that carried all its KV was hidden behind compute.
+  void RecordOverlap(const SendRecord& sent, absl::Time opened_at);
 
   const std::string model_;
   prometheus::Registry registry_;
   prometheus::Family<prometheus::Counter>& requests_;
   prometheus::Family<prometheus::Counter>& transfer_failures_;
+  prometheus::Family<prometheus::Counter>& fetches_;
   prometheus::Histogram& time_to_first_chunk_;
   prometheus::Histogram& time_to_first_token_;
   prometheus::Histogram& queue_time_;
@@ -93,11 +104,14 @@ class Metrics {
   prometheus::Histogram& exposed_transfer_time_;
   prometheus::Histogram& request_time_;
   prometheus::Histogram& prompt_tokens_;
-  prometheus::Histogram& chunk_stall_;
+  prometheus::Histogram& room_wait_;
+  prometheus::Histogram& overlap_;
   prometheus::Histogram& density_;
   prometheus::Counter& prompt_tokens_computed_;
-  prometheus::Counter& kv_bytes_sent_;
+  std::vector<prometheus::Counter*> kv_bytes_sent_;  // by kStripeLabels
   prometheus::Counter& kv_chunks_sent_;
+  prometheus::Counter& resumes_;
+  prometheus::Gauge& fetch_streams_;
   prometheus::Counter& fallback_short_;
   prometheus::Counter& fallback_density_;
   prometheus::Counter& nonfinite_;

@@ -1,6 +1,6 @@
 #include "server/program/exit_code.h"
 
-#include "server/error.h"
+#include "engine/error.h"
 
 namespace headstart {
 

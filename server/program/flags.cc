@@ -74,10 +74,11 @@ class OptionGroup {
 
   // Like 65536 or 16MB (2^20 bytes each).
   template <typename T>
-  void AddBytes(const std::string& flag, T* value, const std::string& help) {
+  void AddBytes(const std::string& flag, T* value, const std::string& help,
+                const CLI::Validator& check = CLI::PositiveNumber) {
     Finish(flag, app_->add_option("--" + flag, *value, help)
                      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false))
-                     ->check(CLI::PositiveNumber)
+                     ->check(check)
                      ->type_name("BYTES")
                      ->capture_default_str());
   }
@@ -148,6 +149,8 @@ void AddListenerOptions(CLI::App* app, ServerOptions* o) {
   group.Add("admin-listen", &o->admin_listen,
             "Address of /metrics, /healthz, /readyz, /version and /drain; empty: none");
   group.Add("port-file", &o->port_file, "File that gets the chosen ports, as JSON");
+  group.Add("fetch-address", &o->fetch_address,
+            "host:port under which clients reach FetchKv of this server; empty: where they called");
   group.AddChoice<Reflection>(
       "reflection", &o->reflection,
       {{"auto", Reflection::kAuto}, {"on", Reflection::kOn}, {"off", Reflection::kOff}},
@@ -186,9 +189,9 @@ void AddConnectionOptions(CLI::App* app, ConnectionOptions* c) {
 
 void AddRequestOptions(CLI::App* app, ServerOptions* o) {
   OptionGroup group(app, "Requests");
-  group.AddPositive("max-queue-requests", &o->admission.max_requests,
+  group.AddPositive("max-queue-requests", &o->max_queue_requests,
                     "Requests accepted and not ended, at once");
-  group.AddPositive("max-queue-tokens", &o->admission.max_tokens,
+  group.AddPositive("max-queue-tokens", &o->max_queue_tokens,
                     "Prompt tokens of these; a longer prompt is taken when it is alone");
   group.AddDuration("default-deadline", &o->default_deadline, "For requests that bring none");
   group.AddDuration("max-deadline", &o->max_deadline, "Longer ones are cut to this");
@@ -196,8 +199,10 @@ void AddRequestOptions(CLI::App* app, ServerOptions* o) {
                     "Time from opening a call to its request message");
   group.AddDuration("write-stall-timeout", &o->write_stall_timeout,
                     "A client that takes no KV for this long is cut");
-  group.AddBytes("send-buffer-bytes", &o->send_buffer_bytes,
-                 "KV of a request that may wait for its client; then compute waits");
+  group.AddDuration("default-lease", &o->default_lease,
+                    "How long detached KV is kept while nobody asks for it, for requests that do "
+                    "not say");
+  group.AddDuration("max-lease", &o->max_lease, "Longer ones are cut to this");
 }
 
 void AddOperationOptions(CLI::App* app, ServerOptions* o) {
@@ -212,6 +217,8 @@ void AddOperationOptions(CLI::App* app, ServerOptions* o) {
   group.Add("log-level", &o->log_level, "Least severity that is logged")
       ->check(CLI::IsMember({"debug", "info", "warn", "error"}));
 }
+
+// Items of the file in order. CLI11 throws.
 absl::StatusOr<std::vector<CLI::ConfigItem>> ReadConfigFile(const std::string& path) {
   try {
     return CLI::ConfigTOML().from_file(path);
@@ -237,12 +244,15 @@ void AddModelOptions(CLI::App* app, ServerOptions* o) {
       ->check(CLI::NonNegativeNumber);
   group.Add("max-prompt-tokens", &o->max_prompt_tokens, "Longest prompt; 0: the model's context")
       ->check(CLI::NonNegativeNumber);
-  group.AddPositive("prefill-chunk-tokens", &o->chunk_tokens,
+  group.AddPositive("piece-tokens", &o->piece_tokens,
                     "Tokens that go through the layers at once; a multiple of 128");
   group
       .Add("kv-pool-tokens", &o->kv_pool_tokens,
            "Tokens whose KV fits into memory at once; 0: one longest prompt")
       ->check(CLI::NonNegativeNumber);
+  group.AddBytes("host-kv-bytes", &o->host_kv_bytes,
+                 "Host memory for KV on its way out; 0: what 8 longest prompts have, 2 GiB at most",
+                 CLI::NonNegativeNumber);
 }
 
 void AddServerOptions(CLI::App* app, ServerOptions* options) {

@@ -7,13 +7,13 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/str_format.h"
-#include "engine/model/memory_plan.h"
-#include "engine/model/model_config.h"
 #include "engine/model/safetensors.h"
+#include "engine/resolve.h"
 #include "kernels/backend.h"
 #include "kernels/base/status_macros.h"
 #include "server/program/exit_code.h"
 #include "server/program/flags.h"
+#include "server/server.h"
 
 namespace headstart {
 namespace {
@@ -24,49 +24,29 @@ struct InspectFlags {
 };
 
 struct Inspection {
-  ModelConfig config;
+  ResolvedModel model;
   int64_t stored_weight_bytes = 0;  // in the model's files
-  DType kv_dtype = DType::kBF16;
-  int64_t max_prompt_tokens = 0;
-  int64_t chunk_tokens = 0;
-  int64_t kv_pool_tokens = 0;
-  MemoryPlan memory;
 };
-
-// What the machine adds to what the model's config says.
-absl::Status PlanForDevice(const BackendOptions& options, Inspection* out) {
-  std::unique_ptr<Backend> backend;
-  if (options.device == "cuda") {  // a plan can be made without a GPU at hand
-    out->kv_dtype = options.dtype == ComputeDType::kF32 ? DType::kF32 : DType::kBF16;
-  } else {
-    HEADSTART_ASSIGN_OR_RETURN(backend, MakeBackend(options));
-    out->kv_dtype = backend->compute_dtype();
-  }
-  out->memory = PlanMemory(out->config, out->kv_dtype, out->chunk_tokens, out->kv_pool_tokens);
-  if (backend != nullptr) {
-    out->memory.scratch_bytes =
-        backend->PlanScratchBytes(out->config.heads, out->chunk_tokens, out->max_prompt_tokens);
-  }
-  return absl::OkStatus();
-}
 
 absl::StatusOr<Inspection> Inspect(const ServerOptions& options) {
   Inspection out;
-  HEADSTART_ASSIGN_OR_RETURN(out.config, ReadModelConfig(options.model_dir));
+  std::unique_ptr<Backend> backend;
+  DType dtype = options.backend.dtype == ComputeDType::kF32 ? DType::kF32 : DType::kBF16;
+  if (options.backend.device != "cuda") {  // a plan can be made without a GPU at hand
+    HEADSTART_ASSIGN_OR_RETURN(backend, MakeBackend(options.backend));
+    dtype = backend->compute_dtype();
+  }
+  HEADSTART_ASSIGN_OR_RETURN(out.model,
+                             ResolveModel(ToEngineOptions(options), dtype, backend.get()));
   HEADSTART_ASSIGN_OR_RETURN(const auto files, WeightFiles::Open(options.model_dir));
   out.stored_weight_bytes = files->total_bytes();
-  out.max_prompt_tokens =
-      options.max_prompt_tokens == 0 ? out.config.max_positions : options.max_prompt_tokens;
-  const int64_t pool_tokens =
-      options.kv_pool_tokens == 0 ? out.max_prompt_tokens : options.kv_pool_tokens;
-  out.kv_pool_tokens = NumBlocks(pool_tokens) * kBlockTokens;
-  out.chunk_tokens = std::min(options.chunk_tokens, out.max_prompt_tokens);
-  HEADSTART_RETURN_IF_ERROR(PlanForDevice(options.backend, &out));
   return out;
 }
 
 nlohmann::ordered_json ToJson(const Inspection& i) {
-  const ModelConfig& c = i.config;
+  const ModelConfig& c = i.model.config;
+  const EngineOptions& options = i.model.options;
+  const MemoryPlan& plan = i.model.plan;
   return {{"architecture", c.architecture},
           {"num_layers", c.num_layers},
           {"hidden_size", c.hidden_size},
@@ -77,24 +57,27 @@ nlohmann::ordered_json ToJson(const Inspection& i) {
           {"vocab_size", c.vocab_size},
           {"rope_type", std::string(RopeTypeName(c.rope.type))},
           {"max_context_tokens", c.max_positions},
-          {"max_prompt_tokens", i.max_prompt_tokens},
+          {"max_prompt_tokens", options.max_prompt_tokens},
           {"stored_weight_bytes", i.stored_weight_bytes},
-          {"kv_dtype", DTypeName(i.kv_dtype)},
-          {"kv_bytes_per_token", i.memory.kv_bytes_per_token},
-          {"prefill_chunk_tokens", i.chunk_tokens},
-          {"kv_pool_tokens", i.kv_pool_tokens},
+          {"kv_dtype", DTypeName(i.model.geometry.dtype)},
+          {"kv_bytes_per_token", plan.kv_bytes_per_token},
+          {"piece_tokens", i.model.max_rows},
+          {"kv_pool_tokens", options.kv_pool_tokens},
+          {"host_kv_bytes", options.host_kv_bytes},
           {"memory_bytes",
-           {{"weights", i.memory.weight_bytes},
-            {"kv_pool", i.memory.kv_pool_bytes},
-            {"workspace", i.memory.workspace_bytes},
-            {"scratch", i.memory.scratch_bytes},
-            {"total", i.memory.total_bytes()}}}};
+           {{"weights", plan.weight_bytes},
+            {"kv_pool", plan.kv_pool_bytes},
+            {"workspace", plan.workspace_bytes},
+            {"scratch", plan.scratch_bytes},
+            {"total", plan.total_bytes()}}}};
 }
 
 double MiB(int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
 
 void PrintText(const Inspection& i) {
-  const ModelConfig& c = i.config;
+  const ModelConfig& c = i.model.config;
+  const EngineOptions& options = i.model.options;
+  const MemoryPlan& plan = i.model.plan;
   std::cout << absl::StrFormat(
       "architecture        %s, %d layers, hidden %d, ffn %d, vocabulary %d\n"
       "attention           %d query heads, %d KV heads, head_dim %d, rope %s\n"
@@ -103,16 +86,17 @@ void PrintText(const Inspection& i) {
       "KV cache            %s, %d bytes a token, %.1f MiB for the longest prompt\n"
       "memory, weights     %.1f MiB (%.1f MiB in the files)\n"
       "memory, KV pool     %.1f MiB (%d tokens)\n"
-      "memory, workspace   %.1f MiB (chunks of %d tokens)\n"
+      "memory, workspace   %.1f MiB (pieces of %d tokens)\n"
       "memory, scratch     %.1f MiB (attention and selection, at most)\n"
-      "memory, in all      %.1f MiB\n",
+      "memory, in all      %.1f MiB\n"
+      "host memory for KV  %.1f MiB\n",
       c.architecture, c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size,
       c.heads.num_heads, c.heads.num_kv_heads, c.heads.head_dim, RopeTypeName(c.rope.type),
-      c.max_positions, i.max_prompt_tokens, std::string(DTypeName(i.kv_dtype)),
-      i.memory.kv_bytes_per_token, MiB(i.memory.kv_bytes_per_token * i.max_prompt_tokens),
-      MiB(i.memory.weight_bytes), MiB(i.stored_weight_bytes), MiB(i.memory.kv_pool_bytes),
-      i.kv_pool_tokens, MiB(i.memory.workspace_bytes), i.chunk_tokens, MiB(i.memory.scratch_bytes),
-      MiB(i.memory.total_bytes()));
+      c.max_positions, options.max_prompt_tokens, std::string(DTypeName(i.model.geometry.dtype)),
+      plan.kv_bytes_per_token, MiB(plan.kv_bytes_per_token * options.max_prompt_tokens),
+      MiB(plan.weight_bytes), MiB(i.stored_weight_bytes), MiB(plan.kv_pool_bytes),
+      options.kv_pool_tokens, MiB(plan.workspace_bytes), i.model.max_rows, MiB(plan.scratch_bytes),
+      MiB(plan.total_bytes()), MiB(options.host_kv_bytes));
 }
 
 int RunInspect(const InspectFlags& flags) {

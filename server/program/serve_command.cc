@@ -12,8 +12,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "engine/error.h"
 #include "kernels/base/status_macros.h"
-#include "server/error.h"
 #include "server/ops/logging.h"
 #include "server/program/exit_code.h"
 #include "server/program/flags.h"
@@ -33,33 +33,25 @@ struct ServeFlags {
   bool print_config = false;
 };
 
-EngineOptions ToEngineOptions(const ServerOptions& options) {
-  EngineOptions out;
-  out.model_dir = options.model_dir;
-  out.model_name = ServedModelName(options);
-  out.backend = options.backend;
-  out.max_prompt_tokens = options.max_prompt_tokens;
-  out.chunk_tokens = options.chunk_tokens;
-  out.kv_pool_tokens = options.kv_pool_tokens;
-  return out;
-}
-
 // The model before the device: what is wrong with it is said without touching one.
 absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ServerOptions& options) {
   HEADSTART_RETURN_IF_ERROR(ReadModelConfig(options.model_dir).status());
   absl::StatusOr<std::unique_ptr<Backend>> backend = MakeBackend(options.backend);
   if (!backend.ok()) return AsUsageError(backend.status());
-  const EngineOptions engine_options = ToEngineOptions(options);
-  HEADSTART_ASSIGN_OR_RETURN(const MemoryPlan plan, Engine::Plan(engine_options, **backend));
+  HEADSTART_ASSIGN_OR_RETURN(
+      ResolvedModel model,
+      ResolveModel(ToEngineOptions(options), (*backend)->compute_dtype(), backend->get()));
   Log(LogLevel::kInfo, "memory plan",
       {{"device", (*backend)->device()},
-       {"weight_bytes", plan.weight_bytes},
-       {"kv_pool_bytes", plan.kv_pool_bytes},
-       {"workspace_bytes", plan.workspace_bytes},
-       {"scratch_bytes", plan.scratch_bytes},
-       {"total_bytes", plan.total_bytes()},
-       {"free_bytes", (*backend)->FreeBytes().value_or(-1)}});
-  return Engine::Create(engine_options, *std::move(backend), MakeLoadProgress(options.log_format));
+       {"weight_bytes", model.plan.weight_bytes},
+       {"kv_pool_bytes", model.plan.kv_pool_bytes},
+       {"workspace_bytes", model.plan.workspace_bytes},
+       {"scratch_bytes", model.plan.scratch_bytes},
+       {"total_bytes", model.plan.total_bytes()},
+       {"free_bytes", (*backend)->FreeBytes().value_or(-1)},
+       {"host_kv_bytes", model.options.host_kv_bytes}});
+  return Engine::Create(std::move(model), *std::move(backend),
+                        MakeLoadProgress(options.log_format));
 }
 
 // Complete or not at all: scripts wait for the file and read it.

@@ -1,14 +1,17 @@
 #include "server/rpc/call_metadata.h"
 
+#include <grpc/grpc_security_constants.h>
+
 #include <algorithm>
 #include <chrono>
+#include <vector>
 
 #include "absl/random/random.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
+#include "engine/error.h"
 #include "kernels/base/status_macros.h"
-#include "server/error.h"
 #include "server/rpc/convert.h"
 
 namespace headstart {
@@ -20,6 +23,27 @@ std::string Metadata(const grpc::ServerContextBase& call, const char* key) {
   return std::string(found->second.data(), found->second.size());
 }
 
+bool IsAllowed(const std::string& name, const ServerTlsOptions& tls) {
+  return tls.allowed_sans.empty() || std::find(tls.allowed_sans.begin(), tls.allowed_sans.end(),
+                                               name) != tls.allowed_sans.end();
+}
+
+std::vector<std::string> CertificateNames(const grpc::ServerContextBase& call, const char* kind) {
+  std::vector<std::string> names;
+  for (const grpc::string_ref& name : call.auth_context()->FindPropertyValues(kind)) {
+    names.emplace_back(name.data(), name.size());
+  }
+  return names;
+}
+
+// The first allowed one of the client's certificate, or empty.
+std::string AllowedName(const grpc::ServerContextBase& call, const ServerTlsOptions& tls) {
+  const std::vector<std::string> names = CertificateNames(call, GRPC_X509_SAN_PROPERTY_NAME);
+  const auto found = std::find_if(names.begin(), names.end(),
+                                  [&](const std::string& name) { return IsAllowed(name, tls); });
+  return found == names.end() ? "" : *found;
+}
+
 bool IsLowerHex(absl::string_view text) {
   return std::all_of(text.begin(), text.end(),
                      [](char c) { return absl::ascii_isdigit(c) || (c >= 'a' && c <= 'f'); });
@@ -28,17 +52,16 @@ bool IsLowerHex(absl::string_view text) {
 }  // namespace
 
 absl::Status CheckPeer(const grpc::ServerContextBase& call, const ServerTlsOptions& tls) {
-  if (tls.allowed_sans.empty()) return absl::OkStatus();
-  for (const grpc::string_ref& name :
-       call.auth_context()->FindPropertyValues("x509_subject_alternative_name")) {
-    const std::string san(name.data(), name.size());
-    if (std::find(tls.allowed_sans.begin(), tls.allowed_sans.end(), san) !=
-        tls.allowed_sans.end()) {
-      return absl::OkStatus();
-    }
-  }
+  if (tls.allowed_sans.empty() || !AllowedName(call, tls).empty()) return absl::OkStatus();
   return MakeError(absl::StatusCode::kPermissionDenied, ErrorReason::kPeerNotAllowed,
                    "the client's certificate carries no allowed subject alternative name");
+}
+
+std::string PeerName(const grpc::ServerContextBase& call, const ServerTlsOptions& tls) {
+  if (tls.client_ca_file.empty()) return "";
+  if (std::string name = AllowedName(call, tls); !name.empty()) return name;
+  const std::vector<std::string> names = CertificateNames(call, GRPC_X509_CN_PROPERTY_NAME);
+  return names.empty() ? "" : names.front();
 }
 
 absl::StatusOr<std::string> ChooseRequestId(const std::string& from_message,

@@ -16,6 +16,10 @@ namespace headstart {
 // has none of them.
 absl::Status CheckPeer(const grpc::ServerContextBase& call, const ServerTlsOptions& tls);
 
+// Whose certificate the client has shown: the first of its subject alternative names that is
+// allowed, or its common name where it has none. Empty where the server wants no certificates.
+std::string PeerName(const grpc::ServerContextBase& call, const ServerTlsOptions& tls);
+
 // The message's id, else the one in the metadata x-request-id, else a random one. INVALID_ARGUMENT
 // when the one that counts is no good id.
 absl::StatusOr<std::string> ChooseRequestId(const std::string& from_message,

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "server/error.h"
+#include "engine/error.h"
 #include "server/ops/logging.h"
 
 namespace headstart {
@@ -21,41 +21,48 @@ LogLevel LevelOf(const absl::Status& status) {
 }
 
 void LogComputed(const CallRecord& r) {
-  const TimeShares shares = ShareTime(*r.queue, *r.result, r.total);
-  const double density = r.result->causal_blocks == 0
-                             ? 1.0
-                             : static_cast<double>(r.result->executed_blocks) /
-                                   static_cast<double>(r.result->causal_blocks);
+  const PrefillResult& result = *r.sent.result;
+  const TimeShares shares = ShareTime(result, r.ended_at);
+  const double density = result.causal_blocks == 0 ? 1.0
+                                                   : static_cast<double>(result.executed_blocks) /
+                                                         static_cast<double>(result.causal_blocks);
   Log(LogLevel::kInfo, "prefill",
       {{"request_id", r.request_id},
        {"code", "OK"},
        {"peer", r.peer},
        {"trace_id", r.trace_id},
        {"tokens", r.num_tokens},
+       {"detached", r.detached},
        {"density", density},
-       {"total_ms", Milliseconds(r.total)},
+       {"total_ms", Milliseconds(r.total())},
        {"queue_ms", Milliseconds(shares.queue)},
        {"selection_ms", Milliseconds(shares.selection)},
        {"attention_ms", Milliseconds(shares.attention)},
        {"other_compute_ms", Milliseconds(shares.other_compute)},
        {"exposed_transfer_ms", Milliseconds(shares.exposed_transfer)},
-       {"chunks", r.chunks_sent},
-       {"kv_bytes", r.kv_bytes_sent}});
+       {"chunks", r.sent.chunks},
+       {"kv_bytes", r.sent.kv_bytes}});
 }
 
 }  // namespace
 
-TimeShares ShareTime(absl::Duration queue, const PrefillResult& result, absl::Duration total) {
+TimeShares ShareTime(const PrefillResult& result, absl::Time now) {
+  const absl::Duration total = now - result.accepted_at;
   TimeShares shares;
-  shares.queue = queue;
+  shares.queue = result.started_at - result.accepted_at;
   shares.selection = absl::Seconds(result.selection_seconds);
   shares.attention = absl::Seconds(result.attention_seconds);
   const absl::Duration compute =
-      std::min(absl::Seconds(result.total_seconds - result.sink_seconds), total - queue);
+      std::min(absl::Seconds(result.compute_seconds), total - shares.queue);
   shares.other_compute =
       std::max(compute - shares.selection - shares.attention, absl::ZeroDuration());
-  shares.exposed_transfer = total - queue - shares.compute();
+  shares.exposed_transfer = total - shares.queue - shares.compute();
   return shares;
+}
+
+absl::Duration ExposedTransfer(const SendRecord& sent, absl::Time opened_at) {
+  const absl::Time since = std::max(sent.result->computed_at, opened_at);
+  return std::max(sent.last_chunk_at - since, absl::ZeroDuration());
 }
 
 void LogCall(const CallRecord& r, const absl::Status& status) {
@@ -69,9 +76,24 @@ void LogCall(const CallRecord& r, const absl::Status& status) {
        {"trace_id", r.trace_id},
        {"accepted", r.accepted},
        {"tokens", r.num_tokens},
-       {"total_ms", Milliseconds(r.total)},
-       {"chunks", r.chunks_sent},
-       {"kv_bytes", r.kv_bytes_sent}});
+       {"total_ms", r.accepted ? Milliseconds(r.total()) : 0.0},
+       {"chunks", r.sent.chunks},
+       {"kv_bytes", r.sent.kv_bytes}});
+}
+
+void LogFetch(const FetchRecord& r, const absl::Status& status) {
+  Log(LevelOf(status), "fetch",
+      {{"code", absl::StatusCodeToString(status.code())},
+       {"reason", ErrorReasonName(ReasonOf(status))},
+       {"message", status.message()},
+       {"peer", r.peer},
+       {"trace_id", r.trace_id},
+       {"opened", r.opened},
+       {"stripe", r.part.stripe_index},
+       {"stripes", r.part.stripe_count},
+       {"from_chunk", r.from_chunk},
+       {"chunks", r.sent.chunks},
+       {"kv_bytes", r.sent.kv_bytes}});
 }
 
 }  // namespace headstart

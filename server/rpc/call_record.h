@@ -1,50 +1,81 @@
-// What became of one Prefill call: the source of its line in the log and of its metrics.
+// What became of a call that ships KV: the source of its line in the log and of its metrics.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
-#include "engine/prefill_job.h"
+#include "engine/request.h"
+#include "engine/ship/kv_part.h"
 
 namespace headstart {
 
+// What a stream has carried.
+struct SendRecord {
+  // Of these the client's connection has taken:
+  int64_t chunks = 0;
+  int64_t kv_bytes = 0;
+  int64_t kv_bytes_before_computed = 0;
+  absl::Time first_chunk_at = absl::InfinitePast();
+  absl::Time last_chunk_at = absl::InfinitePast();
+  std::shared_ptr<const PrefillResult>
+      result;  // once computed to the end, and nothing else to send
+};
+
+// One Prefill call.
 struct CallRecord {
   std::string peer;
   std::string trace_id;    // of traceparent; empty without one
   std::string request_id;  // empty until one was found good
   bool unknown_model = false;
   bool accepted = false;
+  bool detached = false;
   int64_t num_tokens = 0;
   bool below_dense_limit = false;  // ProxyAttn was asked for, the prompt is too short for it
 
-  // From accepted on; absent for what never happened.
-  std::optional<absl::Duration> queue;        // until compute began
-  std::optional<absl::Duration> first_chunk;  // until the connection had taken it
-  std::optional<PrefillResult> result;        // computed to the end
-  absl::Duration total;                       // until ended
-  int64_t chunks_sent = 0;
-  int64_t kv_bytes_sent = 0;
+  // From here on for what was accepted.
+  absl::Time accepted_at = absl::InfinitePast();
+  std::optional<absl::Duration> queue;  // until compute began, if it did
+  absl::Time ended_at = absl::InfinitePast();
+  SendRecord sent;
+
+  absl::Duration total() const { return ended_at - accepted_at; }
 };
 
-// Where the time to first token of an OK call went; adds up to `total`.
+// One FetchKv call.
+struct FetchRecord {
+  std::string peer;
+  std::string trace_id;
+  bool opened = false;  // the KV is there; from here on for what was opened
+  absl::Time opened_at = absl::InfinitePast();
+  KvPart part;
+  int64_t from_chunk = 0;
+  SendRecord sent;
+};
+
+// Where the time of a computed prompt went; adds up to the time from accepted to the moment that is
+// asked about.
 struct TimeShares {
   absl::Duration queue;
   absl::Duration selection;
   absl::Duration attention;
   absl::Duration other_compute;
-  absl::Duration exposed_transfer;
+  absl::Duration exposed_transfer;  // what is neither queue nor compute
 
   absl::Duration compute() const { return selection + attention + other_compute; }
 };
 
-// `total`: from accepted to the moment that is asked about. What is neither queue nor compute is
-// transfer.
-TimeShares ShareTime(absl::Duration queue, const PrefillResult& result, absl::Duration total);
+TimeShares ShareTime(const PrefillResult& result, absl::Time now);
 
-// One line, without prompt tokens.
+// How long the stream's KV went on to leave when it was the only thing to wait for: from the end of
+// compute, or from `opened_at` if that was later, to the last chunk.
+absl::Duration ExposedTransfer(const SendRecord& sent, absl::Time opened_at);
+
+// One line each, without prompt tokens.
 void LogCall(const CallRecord& record, const absl::Status& status);
+void LogFetch(const FetchRecord& record, const absl::Status& status);
 
 }  // namespace headstart

@@ -8,6 +8,9 @@
 #include <algorithm>
 #include <bit>
 #include <climits>
+#include <memory>
+
+#include "headstart/v1/prefill.pb.h"
 
 namespace headstart {
 namespace {
@@ -31,9 +34,22 @@ uint32_t ExtendInverted(uint32_t crc, absl::Span<const std::byte> bytes) {
   return crc;
 }
 
-template <typename T>
-uint32_t ExtendInvertedBy(uint32_t crc, T number) {
-  return ExtendInverted(crc, {reinterpret_cast<const std::byte*>(&number), sizeof(number)});
+// Adds a run, to the last one if it goes on there.
+void Append(ByteRun run, std::vector<ByteRun>& runs) {
+  if (!runs.empty() && runs.back().data() + runs.back().size() == run.data()) {
+    runs.back() = ByteRun(runs.back().data(), runs.back().size() + run.size());
+  } else {
+    runs.push_back(run);
+  }
+}
+
+using SharedMemory = std::shared_ptr<const HostChunk>;
+
+// A slice that keeps `memory` as long as it lives.
+grpc::Slice Refer(ByteRun run, const SharedMemory& memory) {
+  return grpc::Slice(
+      const_cast<std::byte*>(run.data()), run.size(),
+      [](void* held) { delete static_cast<SharedMemory*>(held); }, new SharedMemory(memory));
 }
 
 constexpr uint32_t LengthDelimitedTag(int field) {
@@ -42,24 +58,38 @@ constexpr uint32_t LengthDelimitedTag(int field) {
 
 }  // namespace
 
-uint32_t ChunkCrc32c(const ChunkHeader& header, absl::Span<const std::byte> data) {
-  const auto* header_bytes = reinterpret_cast<const std::byte*>(&header);
-  return ~ExtendInverted(ExtendInverted(~0u, {header_bytes, sizeof(header)}), data);
+std::vector<ByteRun> ChunkRuns(const std::byte* memory, const TokenRange& tokens,
+                               const KvPart& part, const KvGeometry& geometry) {
+  const int64_t row_bytes = int64_t{geometry.heads.head_dim} * DTypeBytes(geometry.dtype);
+  const int64_t head_bytes = kBlockTokens * row_bytes;
+  const int64_t plane_bytes = geometry.heads.num_kv_heads * head_bytes;
+  const int64_t end = tokens.begin + tokens.count;
+  std::vector<ByteRun> runs;
+  const std::byte* page = memory;
+  for (int64_t first = tokens.begin / kBlockTokens * kBlockTokens; first < end;
+       first += kBlockTokens, page += 2 * plane_bytes) {
+    const int64_t row = std::max(tokens.begin, first) - first;
+    const int64_t num_rows = std::min(end, first + kBlockTokens) - first - row;
+    for (const std::byte* plane : {page, page + plane_bytes}) {  // K, V
+      for (int32_t head = part.head_begin; head < part.head_begin + part.head_count; ++head) {
+        Append({plane + head * head_bytes + row * row_bytes,
+                static_cast<size_t>(num_rows * row_bytes)},
+               runs);
+      }
+    }
+  }
+  return runs;
 }
 
-uint32_t CompletedCrc32c(const v1::Completed& completed) {
-  const v1::PrefillStatistics& statistics = completed.statistics();
-  uint32_t crc = ExtendInvertedBy<uint32_t>(~0u, completed.first_token().id());
-  crc = ExtendInvertedBy<float>(crc, completed.first_token().logprob());
-  crc = ExtendInvertedBy<uint32_t>(crc, completed.num_chunks());
-  crc = ExtendInvertedBy<uint32_t>(crc, statistics.dense_fallbacks());
-  crc = ExtendInvertedBy<uint64_t>(crc, completed.kv_bytes());
-  crc = ExtendInvertedBy<uint64_t>(crc, statistics.executed_blocks());
-  crc = ExtendInvertedBy<uint64_t>(crc, statistics.causal_blocks());
-  for (const float density : completed.manifest().layer_density()) {
-    crc = ExtendInvertedBy<float>(crc, density);
-  }
+uint32_t ChunkCrc32c(const ChunkHeader& header, absl::Span<const ByteRun> data) {
+  const auto* header_bytes = reinterpret_cast<const std::byte*>(&header);
+  uint32_t crc = ExtendInverted(~0u, {header_bytes, sizeof(header)});
+  for (const ByteRun& run : data) crc = ExtendInverted(crc, run);
   return ~crc;
+}
+
+uint32_t Crc32c(absl::string_view bytes) {
+  return ~ExtendInverted(~0u, {reinterpret_cast<const std::byte*>(bytes.data()), bytes.size()});
 }
 
 std::string ChunkFramePrefix(const ChunkHeader& header, uint32_t crc32c, int64_t data_bytes) {
@@ -86,6 +116,27 @@ std::string ChunkFramePrefix(const ChunkHeader& header, uint32_t crc32c, int64_t
     out.WriteVarint64(data_bytes);
   }
   return prefix;
+}
+
+StreamMessage ChunkMessage(const ShipmentReader::Chunk& chunk, const KvPart& part,
+                           const KvGeometry& geometry) {
+  const TokenRange& tokens = chunk.chunk.tokens;
+  ChunkHeader header;
+  header.index = chunk.index;
+  header.layer = static_cast<uint32_t>(chunk.chunk.layer);
+  header.token_begin = static_cast<uint32_t>(tokens.begin);
+  header.token_count = static_cast<uint32_t>(tokens.count);
+  header.kv_head_begin = static_cast<uint32_t>(part.head_begin);
+  header.kv_head_count = static_cast<uint32_t>(part.head_count);
+  const std::vector<ByteRun> runs = ChunkRuns(chunk.chunk.memory->data(), tokens, part, geometry);
+  StreamMessage message;
+  for (const ByteRun& run : runs) message.kv_bytes += static_cast<int64_t>(run.size());
+  const uint32_t crc32c = ChunkCrc32c(header, runs);
+  std::vector<grpc::Slice> slices = {
+      grpc::Slice(ChunkFramePrefix(header, crc32c, message.kv_bytes))};
+  for (const ByteRun& run : runs) slices.push_back(Refer(run, chunk.chunk.memory));
+  message.bytes = grpc::ByteBuffer(slices.data(), slices.size());
+  return message;
 }
 
 }  // namespace headstart

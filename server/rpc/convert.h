@@ -1,4 +1,4 @@
-// Between protobuf and the engine: no other file knows both.
+// What a client asks for, as the engine's values.
 #pragma once
 
 #include <grpcpp/support/byte_buffer.h>
@@ -6,25 +6,17 @@
 #include <string>
 
 #include "absl/status/status.h"
-#include "engine/engine.h"
-#include "engine/prefill_job.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "engine/request.h"
+#include "engine/ship/kv_part.h"
 #include "headstart/v1/prefill.pb.h"
-#include "server/options.h"
-#include "server/rpc/attention_request.h"
+#include "server/rpc/served_model.h"
 
 namespace headstart {
 
-// What the server serves once it has loaded it. Engine and options outlive every request.
-struct ServedModel {
-  Engine* engine = nullptr;
-  std::string name;
-  const ServerOptions* options = nullptr;
-  ResolvedAttention default_attention;
-};
-
 // INVALID_ARGUMENT (reason MALFORMED_REQUEST) when the bytes are no message of this type.
 absl::Status ParseMessage(const grpc::ByteBuffer& bytes, google::protobuf::Message* message);
-grpc::ByteBuffer SerializeMessage(const google::protobuf::Message& message);
 
 // NOT_FOUND when `requested` is neither empty nor the model's name.
 absl::Status CheckModelName(const std::string& requested, const std::string& served);
@@ -32,21 +24,18 @@ absl::Status CheckModelName(const std::string& requested, const std::string& ser
 // 1 to 128 characters of [A-Za-z0-9._:-].
 absl::Status CheckRequestId(const std::string& id);
 
-// Fills everything of the job but its id and deadline. Checks what the engine's Validate can't see:
-// enums, dtype, sizes of opaque fields, ids that are no int32; then asks it. The status has its
-// reason.
-absl::Status FillJob(const v1::PrefillRequest& request, const ServedModel& model, PrefillJob* job);
+// Everything of the request but its id, deadline and owner; its manifest is a serialised
+// KvManifest, complete but for layer_density. Checks what the engine's Validate can't see: enums,
+// dtype, sizes of opaque fields, ids that are no int32; then asks it. The status has its reason.
+absl::StatusOr<PrefillRequest> ToRequest(const v1::PrefillRequest& request,
+                                         const ServedModel& model);
 
-// The manifest before compute: all but layer_density.
-v1::KvManifest ToManifest(const PrefillJob& job, const ServedModel& model);
+// With every count that is left open filled in. INVALID_ARGUMENT: outside of the model; the message
+// starts with `path`, the message's place in the request, and the field's name.
+absl::StatusOr<KvPart> ToPart(absl::string_view path, const v1::KvPart& part,
+                              const KvGeometry& geometry);
 
-// First token, manifest with densities and the counts of the statistics. Durations, number of
-// chunks, bytes and the checksum are the stream's to fill.
-v1::Completed ToCompleted(const v1::KvManifest& manifest, const PrefillResult& result);
-
-v1::GetModelInfoResponse ToModelInfo(const ServedModel& model);
-v1::GetServerInfoResponse ToServerInfo(const ServedModel& model, bool draining);
-
-void SetDuration(absl::Duration duration, google::protobuf::Duration* out);
+// ProxyAttn was asked for, and the whole prompt runs dense because it is short.
+bool IsBelowDenseLimit(const PrefillRequest& request);
 
 }  // namespace headstart

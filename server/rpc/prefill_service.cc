@@ -1,9 +1,13 @@
 #include "server/rpc/prefill_service.h"
 
+#include <string>
+
 #include "kernels/base/status_macros.h"
-#include "server/error.h"
 #include "server/rpc/call_metadata.h"
-#include "server/rpc/kv_stream.h"
+#include "server/rpc/convert.h"
+#include "server/rpc/describe.h"
+#include "server/rpc/fetch_call.h"
+#include "server/rpc/prefill_call.h"
 #include "server/rpc/rich_status.h"
 
 namespace headstart {
@@ -17,13 +21,6 @@ grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* call, const absl::
   return reactor;
 }
 
-absl::StatusOr<const ServedModel*> LoadedModel(const ServiceContext& context) {
-  const absl::Status open = context.admission->CheckOpen();  // first: open means loaded
-  const ServedModel* model = context.model.load();
-  if (model == nullptr) return open;
-  return model;
-}
-
 }  // namespace
 
 PrefillService::PrefillService(ServiceContext* context) : context_(*context) {
@@ -34,8 +31,25 @@ PrefillService::PrefillService(ServiceContext* context) : context_(*context) {
   MarkMethodRawCallback(kPrefillIndex,
                         new grpc::internal::CallbackBidiHandler<grpc::ByteBuffer, grpc::ByteBuffer>(
                             [this](grpc::CallbackServerContext* call) {
-                              return new KvStream(&context_, call);  // goes in its OnDone
+                              return new PrefillCall(&context_, call);  // goes in its OnDone
                             }));
+}
+
+grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* PrefillService::FetchKv(
+    grpc::CallbackServerContext* call) {
+  return new FetchCall(&context_, call);  // goes in its OnDone
+}
+
+grpc::ServerUnaryReactor* PrefillService::RenewLease(grpc::CallbackServerContext* call,
+                                                     const grpc::ByteBuffer* request,
+                                                     grpc::ByteBuffer* response) {
+  return Answer(call, Renew(*call, *request, response));
+}
+
+grpc::ServerUnaryReactor* PrefillService::ReleaseKv(grpc::CallbackServerContext* call,
+                                                    const grpc::ByteBuffer* request,
+                                                    grpc::ByteBuffer* response) {
+  return Answer(call, Release(*call, *request, response));
 }
 
 grpc::ServerUnaryReactor* PrefillService::GetModelInfo(grpc::CallbackServerContext* call,
@@ -48,6 +62,35 @@ grpc::ServerUnaryReactor* PrefillService::GetServerInfo(grpc::CallbackServerCont
                                                         const grpc::ByteBuffer* request,
                                                         grpc::ByteBuffer* response) {
   return Answer(call, DescribeServer(*call, *request, response));
+}
+
+absl::Status PrefillService::Renew(const grpc::CallbackServerContext& call,
+                                   const grpc::ByteBuffer& request,
+                                   grpc::ByteBuffer* response) const {
+  v1::RenewLeaseRequest parsed;
+  HEADSTART_RETURN_IF_ERROR(CheckPeer(call, context_.options->tls));
+  HEADSTART_RETURN_IF_ERROR(ParseMessage(request, &parsed));
+  HEADSTART_ASSIGN_OR_RETURN(const ServedModel* model, LoadedModel(context_));
+  HEADSTART_ASSIGN_OR_RETURN(
+      const absl::Duration lease,
+      model->engine->Renew(parsed.fetch_id(), PeerName(call, context_.options->tls)));
+  v1::RenewLeaseResponse renewed;
+  SetDuration(lease, renewed.mutable_lease());
+  *response = SerializeMessage(renewed);
+  return absl::OkStatus();
+}
+
+absl::Status PrefillService::Release(const grpc::CallbackServerContext& call,
+                                     const grpc::ByteBuffer& request,
+                                     grpc::ByteBuffer* response) const {
+  v1::ReleaseKvRequest parsed;
+  HEADSTART_RETURN_IF_ERROR(CheckPeer(call, context_.options->tls));
+  HEADSTART_RETURN_IF_ERROR(ParseMessage(request, &parsed));
+  HEADSTART_ASSIGN_OR_RETURN(const ServedModel* model, LoadedModel(context_));
+  HEADSTART_RETURN_IF_ERROR(
+      model->engine->Release(parsed.fetch_id(), PeerName(call, context_.options->tls)));
+  *response = SerializeMessage(v1::ReleaseKvResponse());
+  return absl::OkStatus();
 }
 
 absl::Status PrefillService::DescribeModel(const grpc::CallbackServerContext& call,
@@ -69,7 +112,7 @@ absl::Status PrefillService::DescribeServer(const grpc::CallbackServerContext& c
   HEADSTART_RETURN_IF_ERROR(CheckPeer(call, context_.options->tls));
   HEADSTART_RETURN_IF_ERROR(ParseMessage(request, &parsed));
   HEADSTART_ASSIGN_OR_RETURN(const ServedModel* model, LoadedModel(context_));
-  const bool draining = !context_.admission->CheckOpen().ok();
+  const bool draining = context_.lifecycle->phase() == Lifecycle::Phase::kDraining;
   *response = SerializeMessage(ToServerInfo(*model, draining));
   return absl::OkStatus();
 }

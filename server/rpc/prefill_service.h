@@ -9,12 +9,24 @@ namespace headstart {
 // Requests arrive as raw bytes, so that malformed ones get INVALID_ARGUMENT; the generated methods
 // would answer UNIMPLEMENTED.
 class PrefillService final
-    : public v1::PrefillService::WithRawCallbackMethod_GetModelInfo<
-          v1::PrefillService::WithRawCallbackMethod_GetServerInfo<v1::PrefillService::Service>> {
+    : public v1::PrefillService::WithRawCallbackMethod_FetchKv<
+          v1::PrefillService::WithRawCallbackMethod_RenewLease<
+              v1::PrefillService::WithRawCallbackMethod_ReleaseKv<
+                  v1::PrefillService::WithRawCallbackMethod_GetModelInfo<
+                      v1::PrefillService::WithRawCallbackMethod_GetServerInfo<
+                          v1::PrefillService::Service>>>>> {
  public:
   // `context` outlives the service.
   explicit PrefillService(ServiceContext* context);
 
+  grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* FetchKv(
+      grpc::CallbackServerContext* call) override;
+  grpc::ServerUnaryReactor* RenewLease(grpc::CallbackServerContext* call,
+                                       const grpc::ByteBuffer* request,
+                                       grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* ReleaseKv(grpc::CallbackServerContext* call,
+                                      const grpc::ByteBuffer* request,
+                                      grpc::ByteBuffer* response) override;
   grpc::ServerUnaryReactor* GetModelInfo(grpc::CallbackServerContext* call,
                                          const grpc::ByteBuffer* request,
                                          grpc::ByteBuffer* response) override;
@@ -23,6 +35,10 @@ class PrefillService final
                                           grpc::ByteBuffer* response) override;
 
  private:
+  absl::Status Renew(const grpc::CallbackServerContext& call, const grpc::ByteBuffer& request,
+                     grpc::ByteBuffer* response) const;
+  absl::Status Release(const grpc::CallbackServerContext& call, const grpc::ByteBuffer& request,
+                       grpc::ByteBuffer* response) const;
   absl::Status DescribeModel(const grpc::CallbackServerContext& call,
                              const grpc::ByteBuffer& request, grpc::ByteBuffer* response) const;
   absl::Status DescribeServer(const grpc::CallbackServerContext& call,

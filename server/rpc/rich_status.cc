@@ -5,9 +5,9 @@
 
 #include "absl/strings/ascii.h"
 #include "absl/time/time.h"
+#include "engine/error.h"
 #include "google/rpc/error_details.pb.h"
 #include "google/rpc/status.pb.h"
-#include "server/error.h"
 
 namespace headstart {
 namespace {

@@ -4,11 +4,10 @@
 #include <atomic>
 #include <string>
 
-#include "server/admission.h"
+#include "server/lifecycle.h"
 #include "server/ops/metrics.h"
 #include "server/options.h"
-#include "server/prefill_worker.h"
-#include "server/rpc/convert.h"
+#include "server/rpc/served_model.h"
 #include "server/rpc/timer.h"
 
 namespace headstart {
@@ -17,11 +16,10 @@ namespace headstart {
 struct ServiceContext {
   const ServerOptions* options = nullptr;
   std::string model_name;
-  Admission* admission = nullptr;
-  PrefillWorker* worker = nullptr;
+  Lifecycle* lifecycle = nullptr;
   Timer* timer = nullptr;
   Metrics* metrics = nullptr;
-  // Null until the model is loaded; set before the admission opens.
+  // Null until the model is loaded; set before the server serves.
   std::atomic<const ServedModel*> model{nullptr};
   // Set before the server cancels what is left at the end of a drain.
   std::atomic<bool> cancelling_all{false};

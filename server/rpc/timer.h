@@ -13,7 +13,8 @@
 
 namespace headstart {
 
-// Thread-safe. The functions run one after the other, so they must be short and never wait.
+// Thread-safe. The functions run one after the other, so they must be short and never wait. (One
+// that logs waits for whoever reads standard error, and the others with it.)
 class Timer {
  public:
   using Id = uint64_t;

@@ -47,20 +47,23 @@ class Bench {
  public:
   Bench(Backend& backend, std::string only) : backend_(backend), only_(std::move(only)) {}
 
-  // Rows of the table: `amount` of work per run, in `unit`s of 1e9 per second.
+  // Rows of the table: `amount` of work per run, in `unit`s of 1e9 per second. seconds: of the run
+  // before, by another clock than the wall's.
   void Run(const std::string& name, double amount, const char* unit,
-           const std::function<absl::Status()>& operation) {
+           const std::function<absl::Status()>& operation,
+           const std::function<double()>& seconds = nullptr) {
     Must(operation());
+    if (seconds) seconds();
     double best = 1e30;
     double total = 0;
     int runs = 0;
     while (total < kMinSeconds || runs < 3) {
       const auto start = std::chrono::steady_clock::now();
       Must(operation());
-      const double seconds =
+      const double taken =
           std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-      best = std::min(best, seconds);
-      total += seconds;
+      best = std::min(best, seconds ? seconds() : taken);
+      total += taken;
       ++runs;
     }
     std::printf("| %-44s | %9.3f | %8.1f %-7s |\n", name.c_str(), best * 1e3, amount / best / 1e9,
@@ -108,6 +111,8 @@ struct Cache {
   std::vector<int32_t> table;
   Buffer device_table;
   KvPages kv;
+
+  const int32_t* page_table() const { return static_cast<const int32_t*>(device_table.data()); }
 };
 
 Cache MakeCache(Bench& bench, Backend& backend, const HeadShape& shape, int64_t num_tokens) {
@@ -120,7 +125,6 @@ Cache MakeCache(Bench& bench, Backend& backend, const HeadShape& shape, int64_t 
   cache.device_table = Must(backend.Allocate(blocks * int64_t{sizeof(int32_t)}));
   Must(backend.Upload(cache.table.data(), cache.device_table.bytes(), cache.device_table.data()));
   cache.kv.pages = cache.pages.buffer.data();
-  cache.kv.page_table = static_cast<const int32_t*>(cache.device_table.data());
   return cache;
 }
 
@@ -177,18 +181,13 @@ void Bench::Rope(int64_t rows) {
     const auto rope = Must(backend_.PrepareRope(inv_freq, 1.0f, rows));
     const Tensor qkv = Make(rows, shape.qkv_cols(), backend_.compute_dtype());
     RopeArgs args;
+    const RopeSequence sequence{{0, rows, 0, cache.page_table()}, nullptr};
     args.qkv = qkv.matrix;
+    args.sequences = {&sequence, 1};
     args.rope = rope.get();
     args.kv = cache.kv;
     Run(name, static_cast<double>(2 * qkv.buffer.bytes()), "GB/s",
         [&] { return backend_.RopeAndStoreKv(args); });
-  }
-  if (const std::string name = "ReadKv " + std::to_string(rows) + " tokens"; Wanted(name)) {
-    const int64_t bytes =
-        2 * rows * shape.num_kv_heads * shape.head_dim * DTypeBytes(cache.kv.dtype);
-    std::vector<std::byte> out(bytes);
-    Run(name, static_cast<double>(bytes), "GB/s",
-        [&] { return backend_.ReadKv(cache.kv, 0, rows, absl::MakeSpan(out)); });
   }
 }
 
@@ -210,11 +209,9 @@ void Bench::Attention(const HeadShape& shape, int64_t first_position, int64_t ro
   const int64_t cols = int64_t{shape.num_heads} * shape.head_dim;
   const Tensor q = Make(rows, cols, cache.kv.dtype);
   const Tensor out = Make(rows, cols, cache.kv.dtype);
-  AttentionArgs args;
-  args.q = q.matrix;
-  args.first_position = first_position;
-  args.kv = cache.kv;
-  args.out = out.matrix;
+  AttentionSequence sequence;
+  sequence.rows = {0, rows, first_position, cache.page_table()};
+  const AttentionArgs args{q.matrix, out.matrix, cache.kv, {&sequence, 1}};
   if (rows == 1) {
     const double bytes = static_cast<double>(2 * tokens * shape.num_kv_heads * shape.head_dim *
                                              DTypeBytes(cache.kv.dtype));
@@ -225,37 +222,40 @@ void Bench::Attention(const HeadShape& shape, int64_t first_position, int64_t ro
   }
 }
 
+// Selection alone: what its clock says of attention over selected blocks.
 void Bench::Select(const HeadShape& shape, int64_t rows, int32_t num_proxies, int32_t stride) {
-  const std::string name = "SelectBlocks " + std::to_string(shape.num_heads) + "/" +
+  const std::string name = "Selection " + std::to_string(shape.num_heads) + "/" +
                            std::to_string(shape.num_kv_heads) + " heads, d " +
                            std::to_string(shape.head_dim) + ", " + std::to_string(rows) + ", g " +
                            std::to_string(num_proxies) + ", s " + std::to_string(stride);
   if (!Wanted(name)) return;
   const Cache cache = MakeCache(*this, backend_, shape, rows);
   const Tensor q = Make(rows, int64_t{shape.num_heads} * shape.head_dim, cache.kv.dtype);
+  const Tensor out = Make(rows, q.matrix.cols, cache.kv.dtype);
   const Tensor budget_ratio = Make(1, shape.num_heads, DType::kF32);
   ProxyAttnOptions options;
   options.enabled = true;
   options.num_proxies = num_proxies;
   options.stride = stride;
-  SelectArgs args;
-  args.q = q.matrix;
-  args.kv = cache.kv;
-  args.ends_prompt = true;
-  args.options = &options;
-  args.budget_ratio = static_cast<float*>(budget_ratio.buffer.data());
+  AttentionSequence sequence;
+  sequence.rows = {0, rows, 0, cache.page_table()};
+  sequence.proxy_attn = &options;
+  sequence.ends_prompt = true;
+  sequence.budget_ratio = static_cast<float*>(budget_ratio.buffer.data());
+  const AttentionArgs args{q.matrix, out.matrix, cache.kv, {&sequence, 1}};
   // Logits of the proxies, and of the last query block against all keys.
   const double samples = static_cast<double>(rows) / stride;
   const double logits = num_proxies * samples * samples / 2 +
                         static_cast<double>(shape.num_heads * kBlockTokens * rows);
-  Run(name, 2 * logits * shape.head_dim, "GFLOP/s", [&] { return backend_.SelectBlocks(args); });
+  Run(
+      name, 2 * logits * shape.head_dim, "GFLOP/s", [&] { return backend_.Attention(args); },
+      [&] { return Must(backend_.TakeTimes()).selection_seconds; });
 }
 
 void RunAll(Backend& backend, const std::string& only) {
   std::printf("%s\n\n| %-44s | %9s | %16s |\n|---|---|---|\n", backend.device().c_str(),
               "operation", "ms", "rate");
   Bench bench(backend, only);
-  backend.ResetStats(1);
   for (int64_t rows : {1, 128, 1000, 8128}) {
     bench.Linear("qkv", rows, kHidden, 960, LinearOutput::kStore);
     bench.Linear("output +=", rows, kHidden, kHidden, LinearOutput::kAdd);

@@ -31,25 +31,6 @@ TEST(Crc32cTest, ChunkHeaderIsSixLittleEndianNumbers) {
   EXPECT_EQ(ChunkHeaderCrc32c({1, 0x0302, 0x04000000, 0, 5, 6}), testing::SlowCrc32c(bytes));
 }
 
-// Numbers as they are in prefill.proto, and each in its place.
-TEST(Crc32cTest, CompletionIsLittleEndianNumbersInOrder) {
-  v1::Completed completed;
-  completed.mutable_first_token()->set_id(0x01020304);
-  completed.mutable_first_token()->set_logprob(-0.5f);  // 0xbf000000
-  completed.set_num_chunks(5);
-  completed.set_kv_bytes(uint64_t{6} << 32);
-  v1::PrefillStatistics& statistics = *completed.mutable_statistics();
-  statistics.set_dense_fallbacks(7);
-  statistics.set_executed_blocks(8);
-  statistics.set_causal_blocks(9);
-  completed.mutable_manifest()->add_layer_density(1.0f);   // 0x3f800000
-  completed.mutable_manifest()->add_layer_density(0.25f);  // 0x3e800000
-  const std::string bytes = absl::HexStringToBytes(
-      "04030201000000bf05000000070000000000000006000000"
-      "080000000000000009000000000000000000803f0000803e");
-  EXPECT_EQ(ExpectedCrc32c(completed), testing::SlowCrc32c(bytes));
-}
-
 // python3 -c 'import hashlib,struct; print(hashlib.sha256(struct.pack("<3I", 1, 256,
 // 151935)).hexdigest())'
 TEST(TokenHashTest, IsSha256OverLittleEndianIds) {

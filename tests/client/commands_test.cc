@@ -33,14 +33,15 @@ class CommandsTest : public ::testing::Test {
  protected:
   CommandsTest() : kv_(MakeKv(spec_)), stream_(MakeStream(spec_, kv_)) {
     stream_[0].mutable_accepted()->set_request_id("\x1b[31mred");
-    v1::Completed& completed = *stream_.back().mutable_completed();
-    v1::PrefillStatistics& statistics = *completed.mutable_statistics();
-    statistics.mutable_attention()->set_nanos(250'000'000);
-    statistics.mutable_total()->set_seconds(1);
-    statistics.set_executed_blocks(3);
-    statistics.set_causal_blocks(4);
-    completed.mutable_manifest()->set_layer_density(1, 0.5f);
-    testing::Seal(&completed);
+    testing::EditCompleted(&stream_.back(), [](v1::Completed& completed) {
+      v1::PrefillStatistics& statistics = *completed.mutable_statistics();
+      statistics.mutable_attention()->set_nanos(250'000'000);
+      statistics.mutable_exposed_transfer()->set_nanos(125'000'000);
+      statistics.mutable_total()->set_seconds(1);
+      statistics.set_executed_blocks(3);
+      statistics.set_causal_blocks(4);
+      completed.mutable_manifest()->set_layer_density(1, 0.5f);
+    });
     Serve([this](int, grpc::ServerContext&, PrefillWriter& writer) {
       WriteStream(stream_, writer);
       return grpc::Status::OK;
@@ -90,10 +91,10 @@ std::string ReadFile(const std::string& path) {
 
 TEST_F(CommandsTest, RequestPrintsATable) {
   EXPECT_EQ(Run("request", {"--tokens-file", dir_ / "ids"}), 0) << stderr_;
-  for (const char* part :
-       {"prompt 21 tokens", "\n  attention              0.250 s     25.0 %",
-        "sparsity  0.250: 75.0 % of the causal blocks ran", "layer   0  0.000  \n",
-        "layer   1  0.500  ████████████████████\n", "first token  42", "in 9 chunks"}) {
+  for (const char* part : {"prompt 21 tokens", "\n  attention              0.250 s     25.0 %",
+                           "sparsity  0.250: 75.0 % of the causal blocks ran",
+                           "layer   0  0.000  \n", "layer   1  0.500  ████████████████████\n",
+                           "first token  42", "in 9 chunks on 1 connection at"}) {
     EXPECT_THAT(stdout_, HasSubstr(part));
   }
   EXPECT_THAT(stdout_, ::testing::Not(HasSubstr("\x1b")))
@@ -208,6 +209,8 @@ TEST_F(CommandsTest, BenchCountsErrorsByCode) {
   EXPECT_EQ(result["errors"]["RESOURCE_EXHAUSTED QUEUE_FULL"]["count"], 2);
   EXPECT_EQ(result["ttft_seconds"]["all"].size(), 2);
   EXPECT_EQ(result["density"], 0.75);
+  EXPECT_EQ(result["exposed_transfer_seconds"]["p50"], 0.125);
+  EXPECT_EQ(result["connections"], 1);
   EXPECT_GT(result["tokens_per_second"], 0.0);
 }
 

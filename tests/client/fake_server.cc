@@ -11,7 +11,8 @@
 
 namespace headstart::testing {
 
-FakeServer::FakeServer(Handler handler) : handler_(std::move(handler)) {
+FakeServer::FakeServer(Handler handler, FetchHandler fetch_handler)
+    : handler_(std::move(handler)), fetch_handler_(std::move(fetch_handler)) {
   grpc::EnableDefaultHealthCheckService(true);
   grpc::ServerBuilder builder;
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
@@ -33,8 +34,58 @@ grpc::Status FakeServer::Prefill(grpc::ServerContext* context, const v1::Prefill
   return handler_(++num_calls_, *context, *writer);
 }
 
+grpc::Status FakeServer::FetchKv(grpc::ServerContext* context, FetchReaderWriter* stream) {
+  v1::FetchKvRequest request;
+  if (!stream->Read(&request) || !request.has_fetch())
+    return RichStatus(grpc::StatusCode::INVALID_ARGUMENT, "MALFORMED_REQUEST");
+  {
+    absl::MutexLock lock(&mutex_);
+    fetches_.push_back(request.fetch());
+    fetch_peers_.push_back(context->peer());
+  }
+  return fetch_handler_(request.fetch(), *stream);
+}
+
+grpc::Status FakeServer::RenewLease(grpc::ServerContext*, const v1::RenewLeaseRequest* request,
+                                    v1::RenewLeaseResponse* response) {
+  absl::MutexLock lock(&mutex_);
+  renewed_.push_back(request->fetch_id());
+  response->mutable_lease()->set_seconds(7);
+  response->mutable_lease()->set_nanos(500'000'000);
+  return grpc::Status::OK;
+}
+
+grpc::Status FakeServer::ReleaseKv(grpc::ServerContext*, const v1::ReleaseKvRequest* request,
+                                   v1::ReleaseKvResponse*) {
+  absl::MutexLock lock(&mutex_);
+  released_.push_back(request->fetch_id());
+  return grpc::Status::OK;
+}
+
+std::vector<v1::KvFetch> FakeServer::fetches() const {
+  absl::MutexLock lock(&mutex_);
+  return fetches_;
+}
+
+std::vector<std::string> FakeServer::fetch_peers() const {
+  absl::MutexLock lock(&mutex_);
+  return fetch_peers_;
+}
+
+std::vector<std::string> FakeServer::renewed() const {
+  absl::MutexLock lock(&mutex_);
+  return renewed_;
+}
+
+std::vector<std::string> FakeServer::released() const {
+  absl::MutexLock lock(&mutex_);
+  return released_;
+}
+
 grpc::Status FakeServer::GetModelInfo(grpc::ServerContext*, const v1::GetModelInfoRequest*,
                                       v1::GetModelInfoResponse* response) {
+  ++num_model_infos_;
+  response->set_kv_bytes_per_token(kv_bytes_per_token_);
   response->set_model("tiny");
   response->set_vocab_size(1000);
   return grpc::Status::OK;
@@ -50,6 +101,22 @@ void WriteStream(const KvStream& stream, PrefillWriter& writer, int count) {
   for (const v1::PrefillResponse& response : stream) {
     if (count-- == 0 || !writer.Write(response)) return;
   }
+}
+
+void WriteFetch(const KvStream& stream, const v1::KvFetch& fetch, FetchReaderWriter& writer,
+                int count) {
+  for (const v1::PrefillResponse& response : stream) {
+    if (response.has_chunk() && response.chunk().index() < fetch.from_chunk()) continue;
+    if (!response.has_manifest() && count-- == 0) return;
+    if (!writer.Write(response)) return;
+  }
+}
+
+std::vector<uint32_t> ReadAcks(FetchReaderWriter& stream) {
+  std::vector<uint32_t> acks;
+  v1::FetchKvRequest request;
+  while (stream.Read(&request)) acks.push_back(request.ack().num_chunks());
+  return acks;
 }
 
 grpc::Status RichStatus(grpc::StatusCode code, const std::string& reason,

@@ -15,8 +15,12 @@ namespace {
 using ::testing::HasSubstr;
 using testing::StatusIs;
 
-constexpr KvShape kShape{
-    .num_layers = 2, .num_kv_heads = 3, .head_dim = 2, .num_tokens = 10, .element_bytes = 2};
+constexpr KvShape kShape{.num_layers = 2,
+                         .num_kv_heads = 3,
+                         .head_dim = 2,
+                         .num_tokens = 10,
+                         .element_bytes = 2,
+                         .block_tokens = 4};
 constexpr int64_t kPageTokens = 4;
 constexpr int64_t kNumPages = 6;
 
@@ -41,11 +45,12 @@ uint16_t Value(int64_t layer, int64_t plane, int64_t head, int64_t token, int64_
   return static_cast<uint16_t>(1 + i + 2 * (token + 10 * (head + 3 * (plane + 2 * layer))));
 }
 
-std::string ChunkData(const KvRange& range) {
+// K and V of the tokens of one page, or of any others: each [heads][tokens][head_dim].
+std::string PageData(const KvRange& range) {
   std::string data;
   for (int64_t plane = 0; plane < 2; ++plane) {
-    for (int64_t h = range.head_begin; h < range.head_begin + range.head_count; ++h) {
-      for (int64_t t = range.token_begin; t < range.token_begin + range.token_count; ++t) {
+    for (int64_t h = 0; h < kShape.num_kv_heads; ++h) {
+      for (int64_t t = range.token_begin; t < range.token_end(); ++t) {
         for (int64_t i = 0; i < kShape.head_dim; ++i) {
           const uint16_t value = Value(range.layer, plane, h, t, i);
           data.append(reinterpret_cast<const char*>(&value), sizeof(value));
@@ -56,19 +61,19 @@ std::string ChunkData(const KvRange& range) {
   return data;
 }
 
-// Writes the whole prompt in chunks of 4 tokens and `heads` heads, each in pieces of `piece_bytes`.
-void WriteAll(const KvDestination& destination, int64_t heads, size_t piece_bytes) {
+// Writes the whole prompt in chunks of `pages` pages, each in pieces of `piece_bytes`.
+void WriteAll(const KvDestination& destination, int64_t pages, size_t piece_bytes) {
   ASSERT_OK(CheckDestination(destination, kShape));
+  const int64_t block = kShape.block_tokens;
   for (int64_t layer = 0; layer < kShape.num_layers; ++layer) {
-    for (int64_t token = 0; token < kShape.num_tokens; token += 4) {
-      for (int64_t head = 0; head < kShape.num_kv_heads; head += heads) {
-        const KvRange range{layer, head, heads, token,
-                            std::min<int64_t>(4, kShape.num_tokens - token)};
-        const std::string data = ChunkData(range);
-        ChunkScatter scatter(destination, kShape, range);
-        for (size_t at = 0; at < data.size(); at += piece_bytes)
-          scatter.Write(data.substr(at, piece_bytes));
-      }
+    for (int64_t begin = 0; begin < kShape.num_tokens; begin += pages * block) {
+      const int64_t end = std::min(begin + pages * block, kShape.num_tokens);
+      std::string data;
+      for (int64_t page = begin; page < end; page += block)
+        data += PageData({layer, page, std::min(block, end - page)});
+      ChunkScatter scatter(destination, kShape, {layer, begin, end - begin});
+      for (size_t at = 0; at < data.size(); at += piece_bytes)
+        scatter.Write(data.substr(at, piece_bytes));
     }
   }
 }
@@ -107,7 +112,7 @@ TEST(KvDestinationTest, ContiguousIsLayerPlaneHeadTokenElement) {
   WriteAll(destination, 3, 1000);
   ExpectAllInPlace(destination);
   std::string expected;
-  for (int64_t layer = 0; layer < 2; ++layer) expected += ChunkData({layer, 0, 3, 0, 10});
+  for (int64_t layer = 0; layer < 2; ++layer) expected += PageData({layer, 0, 10});
   EXPECT_EQ(absl::string_view(reinterpret_cast<const char*>(memory.data()), memory.size()),
             expected);
 }
@@ -127,11 +132,11 @@ TEST(KvDestinationTest, PagesFollowTheTableInBothLayouts) {
   }
 }
 
-TEST(KvDestinationTest, PiecesAndHeadRangesMayBeOfAnySize) {
+TEST(KvDestinationTest, PiecesAndChunksMayBeOfAnySize) {
   for (const size_t piece : {1, 3, 7, 50}) {
-    for (const int64_t heads : {1, 3}) {
+    for (const int64_t pages : {1, 2, 3}) {
       PagedMemory memory(PageLayout::kNhd);
-      WriteAll(memory.destination, heads, piece);
+      WriteAll(memory.destination, pages, piece);
       ExpectAllInPlace(memory.destination);
     }
   }
@@ -212,6 +217,23 @@ TEST_F(BadDestinationTest, RefusesStridesSmallerThanARow) {
 TEST_F(BadDestinationTest, RefusesStridesThatWouldOverflow) {
   destination_.strides.page = INT64_MAX / 2;
   ExpectRefused("plane_bytes");
+}
+
+TEST_F(BadDestinationTest, RefusesToBeginBehindTheFirstTokenThatComes) {
+  destination_.token_begin = 1;
+  ExpectRefused("token_begin=1");
+}
+
+// Pages of tokens that do not come may hold anything, others' KV too.
+TEST_F(BadDestinationTest, DoesNotLookAtPagesOfSkippedTokens) {
+  KvShape suffix = kShape;
+  suffix.token_begin = 5;
+  suffix.num_tokens = 5;
+  destination_.page_table[0] = -1;
+  EXPECT_OK(CheckDestination(destination_, suffix));
+  destination_.page_table[1] = -1;
+  EXPECT_THAT(CheckDestination(destination_, suffix),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("page_table[1]")));
 }
 
 TEST(KvDestinationTest, ContiguousWantsExactlyTheRightSize) {

@@ -1,10 +1,11 @@
 #include "tests/client/kv_stream.h"
 
 #include <algorithm>
-#include <bit>
+#include <memory>
 
 #include "client/checksum.h"
 #include "client/kv_receiver.h"
+#include "client/manifest_check.h"
 
 namespace headstart::testing {
 namespace {
@@ -15,8 +16,6 @@ std::string LittleEndian(uint64_t number, int num_bytes) {
   for (int i = 0; i < num_bytes; ++i) bytes += static_cast<char>(number >> 8 * i);
   return bytes;
 }
-
-std::string LittleEndian(float number) { return LittleEndian(std::bit_cast<uint32_t>(number), 4); }
 
 uint32_t TokenId(uint32_t position) { return position * 7 % 1000; }
 
@@ -38,56 +37,117 @@ v1::KvManifest MakeManifest(const KvStreamSpec& spec) {
   return manifest;
 }
 
-// Appends K or V of the chunk's heads and tokens to its data.
-void AppendPlane(const KvShape& shape, const std::byte* plane, v1::KvChunk* chunk) {
-  for (uint32_t h = 0; h < chunk->kv_head_count(); ++h) {
-    const int64_t row = (chunk->kv_head_begin() + h) * shape.num_tokens + chunk->token_begin();
-    chunk->mutable_data()->append(reinterpret_cast<const char*>(plane + row * shape.row_bytes()),
-                                  chunk->token_count() * shape.row_bytes());
-  }
+// A part with its counts filled in.
+v1::KvPart Whole(const KvStreamSpec& spec, v1::KvPart part) {
+  if (part.layer_count() == 0) part.set_layer_count(spec.num_layers - part.layer_begin());
+  if (part.kv_head_count() == 0) part.set_kv_head_count(spec.num_kv_heads - part.kv_head_begin());
+  if (part.stripe_count() == 0) part.set_stripe_count(1);
+  return part;
 }
 
-// All chunks of one layer in one pass.
-void AppendLayer(const KvStreamSpec& spec, const std::vector<std::byte>& kv, uint32_t layer,
-                 uint32_t pass, KvStream* stream) {
-  const KvShape shape = ShapeOf(spec);
-  const std::byte* k = kv.data() + 2 * layer * shape.plane_bytes();
-  const uint32_t end = std::min(pass + spec.pass_tokens, spec.num_tokens);
-  for (uint32_t token = pass; token < end; token += spec.chunk_tokens) {
-    for (uint32_t head = 0; head < spec.num_kv_heads; head += spec.chunk_kv_heads) {
-      v1::KvChunk& chunk = *stream->emplace_back().mutable_chunk();
-      chunk.set_index(static_cast<uint32_t>(stream->size()) - 3);
-      chunk.set_layer(layer);
-      chunk.set_token_begin(token);
-      chunk.set_token_count(std::min(spec.chunk_tokens, end - token));
-      chunk.set_kv_head_begin(head);
-      chunk.set_kv_head_count(std::min(spec.chunk_kv_heads, spec.num_kv_heads - head));
-      AppendPlane(shape, k, &chunk);
-      AppendPlane(shape, k + shape.plane_bytes(), &chunk);
-      Seal(&chunk);
+// K or V of a head of a layer, all tokens of the prompt.
+std::string HeadBytes(const KvStreamSpec& spec, const std::vector<std::byte>& kv, uint32_t layer,
+                      uint32_t plane, uint32_t head) {
+  const size_t bytes = size_t{spec.num_tokens} * spec.head_dim * KvDtypeBytes(spec.dtype);
+  const size_t row = (size_t{layer} * 2 + plane) * spec.num_kv_heads + head;
+  return {reinterpret_cast<const char*>(kv.data()) + row * bytes, bytes};
+}
+
+// The chunk's data: page after page, of each K then V.
+std::string ChunkBytes(const KvStreamSpec& spec, const std::vector<std::byte>& kv,
+                       const v1::KvChunk& chunk) {
+  const size_t row = size_t{spec.head_dim} * KvDtypeBytes(spec.dtype);
+  const uint32_t chunk_end = chunk.token_begin() + chunk.token_count();
+  std::string data;
+  for (uint32_t begin = chunk.token_begin(); begin < chunk_end;) {
+    const uint32_t end = std::min((begin / spec.block_tokens + 1) * spec.block_tokens, chunk_end);
+    for (const uint32_t plane : {0, 1}) {
+      for (uint32_t h = 0; h < chunk.kv_head_count(); ++h) {
+        data += HeadBytes(spec, kv, chunk.layer(), plane, chunk.kv_head_begin() + h)
+                    .substr(begin * row, (end - begin) * row);
+      }
+    }
+    begin = end;
+  }
+  return data;
+}
+
+// Layer and tokens of all chunks of a part, in the order in which they become ready, without data.
+std::vector<v1::KvChunk> ChunksInOrder(const KvStreamSpec& spec, const v1::KvPart& part) {
+  std::vector<v1::KvChunk> chunks;
+  for (uint32_t pass = 0; pass < spec.num_tokens; pass += spec.pass_tokens) {
+    const uint32_t pass_end = std::min(pass + spec.pass_tokens, spec.num_tokens);
+    for (uint32_t layer = part.layer_begin(); layer < part.layer_begin() + part.layer_count();
+         ++layer) {
+      for (uint32_t token = pass; token < pass_end; token += spec.chunk_tokens) {
+        const uint32_t end = std::min(token + spec.chunk_tokens, pass_end);
+        if (end <= spec.skip_tokens) continue;
+        v1::KvChunk& chunk = chunks.emplace_back();
+        chunk.set_layer(layer);
+        chunk.set_token_begin(std::max(token, spec.skip_tokens));
+        chunk.set_token_count(end - chunk.token_begin());
+        chunk.set_kv_head_begin(part.kv_head_begin());
+        chunk.set_kv_head_count(part.kv_head_count());
+      }
     }
   }
+  return chunks;
+}
+
+// Chunks of the part, and the completion that counts them.
+void AppendKv(const KvStreamSpec& spec, const std::vector<std::byte>& kv, v1::KvPart part,
+              KvStream* stream) {
+  part = Whole(spec, part);
+  const std::vector<v1::KvChunk> all = ChunksInOrder(spec, part);
+  uint32_t index = 0;
+  uint64_t bytes = 0;
+  for (size_t i = part.stripe_index(); i < all.size(); i += part.stripe_count()) {
+    v1::KvChunk& chunk = *stream->emplace_back().mutable_chunk();
+    chunk = all[i];
+    chunk.set_index(index++);
+    chunk.set_data(ChunkBytes(spec, kv, chunk));
+    Seal(&chunk);
+    bytes += chunk.data().size();
+  }
+  v1::PrefillResponse& last = stream->emplace_back();
+  last.mutable_completed();
+  EditCompleted(&last, [&](v1::Completed& completed) {
+    completed.set_num_chunks(index);
+    completed.set_kv_bytes(bytes);
+    completed.mutable_first_token()->set_id(42);
+    completed.mutable_first_token()->set_logprob(-0.5f);
+    *completed.mutable_manifest() = MakeManifest(spec);
+    for (uint32_t i = 0; i < spec.num_layers; ++i)
+      completed.mutable_manifest()->add_layer_density(1.0f);
+    completed.mutable_statistics()->set_executed_blocks(90);
+    completed.mutable_statistics()->set_causal_blocks(uint64_t{1} << 40);
+    completed.mutable_statistics()->set_dense_fallbacks(2);
+  });
 }
 
 }  // namespace
 
-KvShape ShapeOf(const KvStreamSpec& spec) {
-  return {.num_layers = spec.num_layers,
-          .num_kv_heads = spec.num_kv_heads,
+KvShape ShapeOf(const KvStreamSpec& spec, const v1::KvPart& part) {
+  return {.num_layers = Whole(spec, part).layer_count(),
+          .num_kv_heads = Whole(spec, part).kv_head_count(),
           .head_dim = spec.head_dim,
-          .num_tokens = spec.num_tokens,
-          .element_bytes = KvDtypeBytes(spec.dtype)};
+          .num_tokens = spec.num_tokens - spec.skip_tokens,
+          .element_bytes = KvDtypeBytes(spec.dtype),
+          .token_begin = spec.skip_tokens,
+          .block_tokens = spec.block_tokens};
 }
 
 v1::PrefillRequest RequestFor(const KvStreamSpec& spec) {
   v1::PrefillRequest request;
   request.set_request_id("r-1");
   for (uint32_t i = 0; i < spec.num_tokens; ++i) request.add_token_ids(TokenId(i));
+  request.set_skip_tokens(spec.skip_tokens);
   return request;
 }
 
 std::vector<std::byte> MakeKv(const KvStreamSpec& spec) {
-  std::vector<std::byte> kv(ShapeOf(spec).total_bytes());
+  std::vector<std::byte> kv(size_t{spec.num_layers} * 2 * spec.num_kv_heads * spec.num_tokens *
+                            spec.head_dim * KvDtypeBytes(spec.dtype));
   uint32_t state = 1;
   for (std::byte& byte : kv) {
     state = state * 1664525u + 1013904223u;
@@ -96,27 +156,50 @@ std::vector<std::byte> MakeKv(const KvStreamSpec& spec) {
   return kv;
 }
 
+std::vector<std::byte> PartOf(const KvStreamSpec& spec, const std::vector<std::byte>& kv,
+                              const v1::KvPart& part) {
+  const v1::KvPart whole = Whole(spec, part);
+  std::vector<std::byte> bytes;
+  for (uint32_t l = 0; l < whole.layer_count(); ++l) {
+    for (const uint32_t plane : {0, 1}) {
+      for (uint32_t h = 0; h < whole.kv_head_count(); ++h) {
+        const std::string head =
+            HeadBytes(spec, kv, whole.layer_begin() + l, plane, whole.kv_head_begin() + h)
+                .substr(size_t{spec.skip_tokens} * spec.head_dim * KvDtypeBytes(spec.dtype));
+        const auto* data = reinterpret_cast<const std::byte*>(head.data());
+        bytes.insert(bytes.end(), data, data + head.size());
+      }
+    }
+  }
+  return bytes;
+}
+
 KvStream MakeStream(const KvStreamSpec& spec, const std::vector<std::byte>& kv) {
   KvStream stream(2);
   stream[0].mutable_accepted()->set_request_id("r-1");
   *stream[1].mutable_manifest() = MakeManifest(spec);
-  for (uint32_t pass = 0; pass < spec.num_tokens; pass += spec.pass_tokens) {
-    for (uint32_t layer = 0; layer < spec.num_layers; ++layer)
-      AppendLayer(spec, kv, layer, pass, &stream);
-  }
-  v1::Completed completed;
-  completed.set_num_chunks(static_cast<uint32_t>(stream.size()) - 2);
-  completed.set_kv_bytes(kv.size());
-  completed.mutable_first_token()->set_id(42);
-  completed.mutable_first_token()->set_logprob(-0.5f);
-  *completed.mutable_manifest() = MakeManifest(spec);
-  for (uint32_t i = 0; i < spec.num_layers; ++i)
-    completed.mutable_manifest()->add_layer_density(1.0f);
-  completed.mutable_statistics()->set_executed_blocks(90);
-  completed.mutable_statistics()->set_causal_blocks(uint64_t{1} << 40);
-  completed.mutable_statistics()->set_dense_fallbacks(2);
-  Seal(&completed);
-  *stream.emplace_back().mutable_completed() = completed;
+  AppendKv(spec, kv, {}, &stream);
+  return stream;
+}
+
+std::string FetchId() { return "0123456789abcdef"; }
+
+KvStream MakeDetachedStream(const KvStreamSpec& spec) {
+  KvStreamSpec nothing = spec;
+  nothing.skip_tokens = spec.num_tokens;
+  KvStream stream(2);
+  stream[0].mutable_accepted()->set_request_id("r-1");
+  stream[0].mutable_accepted()->set_fetch_id(FetchId());
+  *stream[1].mutable_manifest() = MakeManifest(spec);
+  AppendKv(nothing, {}, {}, &stream);
+  return stream;
+}
+
+KvStream MakeFetchStream(const KvStreamSpec& spec, const std::vector<std::byte>& kv,
+                         const v1::KvPart& part) {
+  KvStream stream(1);
+  *stream[0].mutable_manifest() = MakeManifest(spec);
+  AppendKv(spec, kv, part, &stream);
   return stream;
 }
 
@@ -139,15 +222,38 @@ void Seal(v1::KvChunk* chunk) {
   chunk->set_crc32c(SlowCrc32c(bytes + chunk->data()));
 }
 
-void Seal(v1::Completed* completed) {
-  const v1::PrefillStatistics& statistics = completed->statistics();
-  std::string bytes =
-      LittleEndian(completed->first_token().id(), 4) +
-      LittleEndian(completed->first_token().logprob()) + LittleEndian(completed->num_chunks(), 4) +
-      LittleEndian(statistics.dense_fallbacks(), 4) + LittleEndian(completed->kv_bytes(), 8) +
-      LittleEndian(statistics.executed_blocks(), 8) + LittleEndian(statistics.causal_blocks(), 8);
-  for (const float density : completed->manifest().layer_density()) bytes += LittleEndian(density);
-  completed->set_crc32c(SlowCrc32c(bytes));
+void Seal(v1::CheckedCompletion* completion) {
+  completion->set_crc32c(SlowCrc32c(completion->completed()));
+}
+
+v1::Completed CompletedIn(const v1::PrefillResponse& response) {
+  v1::Completed completed;
+  completed.ParseFromString(response.completed().completed());
+  return completed;
+}
+
+void EditCompleted(v1::PrefillResponse* response, const std::function<void(v1::Completed&)>& edit) {
+  v1::Completed completed = CompletedIn(*response);
+  edit(completed);
+  response->mutable_completed()->set_completed(completed.SerializeAsString());
+  Seal(response->mutable_completed());
+}
+
+absl::Status ReceiveInTurns(const std::vector<KvStream>& streams, KvAssembly* assembly) {
+  std::vector<std::unique_ptr<KvReceiver>> receivers;
+  size_t longest = 0;
+  for (const KvStream& stream : streams) {
+    receivers.push_back(std::make_unique<KvReceiver>(StreamKind::kFetch, assembly));
+    longest = std::max(longest, stream.size());
+  }
+  for (size_t m = 0; m < longest; ++m) {
+    for (size_t i = 0; i < streams.size(); ++i) {
+      if (m >= streams[i].size()) continue;
+      grpc::ByteBuffer message = ToByteBuffer(streams[i][m].SerializeAsString(), 10000);
+      if (absl::Status status = receivers[i]->OnMessage(message); !status.ok()) return status;
+    }
+  }
+  return assembly->CheckWhole();
 }
 
 grpc::ByteBuffer ToByteBuffer(const std::string& bytes, size_t slice_bytes) {

@@ -64,10 +64,10 @@ TEST(ResponseDecoderTest, ReadsTheOtherEvents) {
   ASSERT_OK_AND_ASSIGN(event, DecodeResponse(manifest));
   EXPECT_EQ(std::get<v1::KvManifest>(event).model(), "m");
 
-  response.mutable_completed()->set_num_chunks(9);
+  response.mutable_completed()->set_crc32c(9);
   grpc::ByteBuffer completed = ToByteBuffer(response.SerializeAsString(), 2);
   ASSERT_OK_AND_ASSIGN(event, DecodeResponse(completed));
-  EXPECT_EQ(std::get<v1::Completed>(event).num_chunks(), 9);
+  EXPECT_EQ(std::get<v1::CheckedCompletion>(event).crc32c(), 9);
 }
 
 // Field 100 of each wire type, as a later version might add them.

@@ -16,11 +16,9 @@ import time
 from tokenizers import Tokenizer
 
 from live import Prometheus, Server
-from load import LONG, Load
+from load import LIMITS, LONG, Load
 from manifests import REPO
 from tiny_model import write_tiny_model
-
-LIMITS = ("--max-queue-requests=16", "--write-stall-timeout=1s", "--send-buffer-bytes=256KB", "--stuck-after=5s")
 
 
 def ids_of(text, model):

@@ -1,20 +1,25 @@
 """A small load with everything that a server meets: prompts of all kinds, wrong ones, clients that leave or are slow."""
 
 import collections
+import contextlib
 import threading
 import time
 
 import grpc
 import numpy as np
-from headstart import Attention, HeadstartError, PrefillClient
+from headstart import Attention, HeadstartError, Part, PrefillClient
 from headstart.v1 import prefill_pb2 as pb
 
 from tiny_model import VOCAB
 
-PREFILL = "/headstart.v1.PrefillService/Prefill"
+# Flags of a server that this load brings to its limits.
+LIMITS = ("--max-queue-requests=16", "--write-stall-timeout=1s", "--piece-tokens=512", "--host-kv-bytes=24MB",
+          "--stuck-after=5s")
+SERVICE = "/headstart.v1.PrefillService"
 LONG = 4096
 # Seconds between two calls of a client, by kind.
-PAUSE = {"short": 0.02, "sparse": 0, "wrong": 0.1, "cancels": 0.2, "burst": 1, "slow_reader": 0, "impatient": 0.2}
+PAUSE = {"short": 0.02, "sparse": 0, "wrong": 0.1, "cancels": 0.2, "burst": 1, "slow_reader": 0, "impatient": 0.2,
+         "striped": 0.2, "breaks": 0.2, "forgets": 0.5}
 ATTENTION = (
     Attention(preset="fast", gamma=0.1, floor_tokens=128, dense_below_tokens=512),  # sparse
     Attention(preset="balanced", gamma=0.99, dense_below_tokens=512),  # keeps so much that it runs dense
@@ -28,8 +33,21 @@ def prompt(length, seed=0):
 
 
 def raw_call(channel, request, timeout=30, metadata=()):
-    stub = channel.unary_stream(PREFILL, pb.PrefillRequest.SerializeToString, pb.PrefillResponse.FromString)
+    stub = channel.unary_stream(f"{SERVICE}/Prefill", pb.PrefillRequest.SerializeToString, pb.PrefillResponse.FromString)
     return stub(request, timeout=timeout, metadata=metadata)
+
+
+def raw_fetch(channel, fetch_id, from_chunk=0, timeout=30):
+    """One stream of all of a prompt's KV; acknowledges nothing."""
+    stub = channel.stream_stream(f"{SERVICE}/FetchKv", pb.FetchKvRequest.SerializeToString, pb.PrefillResponse.FromString)
+    fetch = pb.KvFetch(fetch_id=fetch_id, from_chunk=from_chunk)
+    return stub(iter([pb.FetchKvRequest(fetch=fetch)]), timeout=timeout)
+
+
+def raw_release(channel, fetch_id, timeout=30):
+    stub = channel.unary_unary(f"{SERVICE}/ReleaseKv", pb.ReleaseKvRequest.SerializeToString,
+                               pb.ReleaseKvResponse.FromString)
+    stub(pb.ReleaseKvRequest(fetch_id=fetch_id), timeout=timeout)
 
 
 def code_of(call):
@@ -53,11 +71,12 @@ class Load:
         self.target = target
         self.text = text
         self.pace = pace
-        self.codes = collections.Counter()
+        self.codes = collections.Counter()  # of Prefill
+        self.fetches_of_nothing = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._crashes = []
-        kinds = [self.short, self.sparse, self.wrong, self.cancels, self.burst, self.slow_reader, self.impatient]
+        kinds = [getattr(self, kind) for kind in PAUSE]
         self._threads = [threading.Thread(target=self._repeat, args=(kind,), daemon=True) for kind in kinds]
         for thread in self._threads:
             thread.start()
@@ -74,7 +93,7 @@ class Load:
         # A connection of its own for each kind.
         options = [("grpc.use_local_subchannel_pool", 1)]
         try:
-            with PrefillClient(self.target, max_attempts=1) as client, \
+            with PrefillClient(self.target, max_attempts=1, connections=1 + (kind == self.striped)) as client, \
                     grpc.insecure_channel(self.target, options) as channel:
                 turn = 0
                 while not self._stop.is_set():
@@ -134,3 +153,37 @@ class Load:
 
     def impatient(self, _, channel, turn):
         yield code_of(raw_call(channel, pb.PrefillRequest(token_ids=self.prompt(LONG, turn)), timeout=0.02))
+
+    def striped(self, client, _, turn):
+        """Two connections fetch the KV while it is computed."""
+        yield self._code(client, self.prompt(LONG // 2, turn))
+
+    def breaks(self, _, channel, turn):
+        """Fetches KV on a stream that breaks after a chunk, and goes on with another one; then KV that is gone."""
+        request = pb.PrefillRequest(token_ids=self.prompt(512, turn), detached=pb.DetachedKv())
+        call = raw_call(channel, request)
+        try:
+            fetch_id = next(call).accepted.fetch_id
+        except grpc.RpcError:  # refused; the code says why
+            yield code_of(call)
+            return
+        fetch = raw_fetch(channel, fetch_id)
+        with contextlib.suppress(grpc.RpcError):
+            next(message for message in fetch if message.HasField("chunk"))
+        fetch.cancel()
+        code_of(raw_fetch(channel, fetch_id, from_chunk=1))
+        code = code_of(call)
+        yield code
+        if code != "OK":
+            return
+        raw_release(channel, fetch_id)
+        assert code_of(raw_fetch(channel, fetch_id)) == "NOT_FOUND"
+        self.fetches_of_nothing += 1
+
+    def forgets(self, client, _, turn):
+        """Asks for KV and never fetches it."""
+        try:
+            client.prefill_detached(self.prompt(256, turn), lambda location: None, readers=Part().stripes(1), lease_s=0.5)
+            yield "OK"
+        except HeadstartError as error:
+            yield error.code.name

@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,18 @@ def pod_of(objects):
 
 def container_of(objects):
     return named(pod_of(objects)["spec"]["containers"], "headstart")
+
+
+def environment_of(container, pod_ip):
+    """The container's environment variables, as the kubelet makes them in a pod of this address."""
+    values = {}
+    for entry in container.get("env", []):
+        if "valueFrom" in entry:
+            assert entry["valueFrom"] == {"fieldRef": {"fieldPath": "status.podIP"}}
+            values[entry["name"]] = pod_ip
+        else:
+            values[entry["name"]] = re.sub(r"\$\((\w+)\)", lambda name: values[name[1]], entry["value"])
+    return values
 
 
 def server_config_text(objects):

@@ -1,6 +1,7 @@
 """What can be said about the Dockerfile without building it; image_test.sh builds it."""
 
 import re
+import subprocess
 
 from manifests import OVERLAYS, REPO, container_of, pod_of, render
 
@@ -58,3 +59,12 @@ def test_copied_files_exist():
             match = re.fullmatch(r"COPY (?!--from)(\S+) \S+", line)
             if match and match[1] != ".":
                 assert (REPO / match[1]).exists(), line
+
+
+def test_build_needs_no_python(tmp_path):
+    """None is among the packages of the build stage."""
+    assert not [line for line in (REPO / "deploy/image/build_packages").read_text().split() if "python" in line]
+    options = re.search(r"^cmake -S .*-G Ninja (.*) \"\$@\"$", (REPO / "deploy/image/build.sh").read_text(), flags=re.MULTILINE)[1]
+    done = subprocess.run(["cmake", "-S", REPO, "-B", tmp_path, "-G", "Ninja", *options.split(),
+                           "-DCMAKE_DISABLE_FIND_PACKAGE_Python3=ON"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from manifests import (KUBERNETES, OVERLAYS, container_of, crd_schema, named, only, pod_of, render,
+from manifests import (KUBERNETES, OVERLAYS, container_of, crd_schema, environment_of, named, only, pod_of, render,
                        server_config)
 
 KUBERNETES_VERSION = "1.37"
@@ -101,6 +101,12 @@ def test_config_listens_where_ports_and_probes_are(objects):
     ports = {port["name"]: port["containerPort"] for port in container_of(objects)["ports"]}
     assert config["listen"] == f"0.0.0.0:{ports['grpc']}"
     assert config["admin-listen"] == f"0.0.0.0:{ports['admin']}"
+
+
+def test_clients_fetch_from_the_pod_that_has_the_kv(objects):
+    container = container_of(objects)
+    port = {port["name"]: port["containerPort"] for port in container["ports"]}["grpc"]
+    assert environment_of(container, "10.9.8.7")["HEADSTART_FETCH_ADDRESS"] == f"10.9.8.7:{port}"
 
 
 def test_config_and_model_lie_in_what_is_mounted(objects):

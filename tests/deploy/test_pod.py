@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from live import headstart
-from manifests import OVERLAYS, container_of, pod_of, render, server_config, server_config_text
+from manifests import OVERLAYS, container_of, environment_of, pod_of, render, server_config, server_config_text
 from tiny_model import write_tiny_model
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -29,13 +29,14 @@ def openssl(*arguments):
 
 
 def make_certificates(folder):
-    """A CA, and one certificate for localhost that serves both sides, as cert-manager would write them."""
+    """A CA, and one certificate for localhost that serves both sides, as cert-manager would write them: it knows names, and not
+    the address that the pod will have."""
     folder.mkdir()
     openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1", "-subj",
             "/CN=test CA", "-keyout", folder / "ca.key", "-out", folder / "ca.crt")
     openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=headstart",
             "-keyout", folder / "tls.key", "-out", folder / "request.pem")
-    (folder / "names").write_text("subjectAltName=DNS:localhost,DNS:headstart-headless,IP:127.0.0.1\n")
+    (folder / "names").write_text("subjectAltName=DNS:localhost,DNS:headstart-headless\n")
     openssl("x509", "-req", "-in", folder / "request.pem", "-CA", folder / "ca.crt", "-CAkey", folder / "ca.key",
             "-CAcreateserial", "-days", "1", "-extfile", folder / "names", "-out", folder / "tls.crt")
     for path in folder.iterdir():
@@ -81,7 +82,7 @@ def describe(objects, folder):
         # Where the Dockerfile puts it.
         "program": {"source": str(headstart()), "target": "/usr/local/bin/headstart"},
         "command": container["command"] + container["args"],
-        "env": {entry["name"]: entry["value"] for entry in container.get("env", [])},
+        "env": environment_of(container, pod_ip="127.0.0.1"),
         "security": {"user": spec["securityContext"]["runAsUser"], "group": spec["securityContext"]["runAsGroup"]},
         "probes": probe_specs(container), "client": [str(part) for part in client],
         "grace_s": spec["terminationGracePeriodSeconds"] - container["lifecycle"]["preStop"]["sleep"]["seconds"],
@@ -100,5 +101,5 @@ def test_pod_starts_passes_its_probes_serves_and_drains(overlay, tmp_path):
     print(report)
     assert set(report["probes"].values()) == {200}
     assert report["process"] == {"uid": 65532, "capabilities": 0, "no_new_privs": True}
-    assert report["client"].strip() == "100", done.stderr
+    assert report["client"].strip() == "100 2", done.stderr
     assert report["exit_code"] == 0

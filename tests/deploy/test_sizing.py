@@ -1,13 +1,14 @@
 """The resources of the pods follow from what `headstart inspect` plans for their model and options."""
 
 import json
+import re
 import struct
 import subprocess
 
 import pytest
 
 from live import headstart
-from manifests import container_of, render, server_config
+from manifests import REPO, container_of, render, server_config
 
 GIB = 1 << 30
 # The model that each overlay names: what its config.json says.
@@ -49,16 +50,25 @@ def write_shape(folder, model):
         file.truncate(8 + len(text) + offset)
 
 
+PLANNED = ("device", "max-prompt-tokens", "piece-tokens", "kv-pool-tokens", "host-kv-bytes")
+
+
+def plan_of(overlay, folder, **changed):
+    """What inspect prints for an overlay's model and options, some of them changed."""
+    write_shape(folder, MODELS[overlay])
+    config = server_config(render(overlay)) | changed
+    flags = [f"--{name}={config[name]}" for name in PLANNED if name in config]
+    done = subprocess.run([headstart(), "inspect", f"--model={folder}", "--json", *flags], capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 @pytest.fixture(params=sorted(MODELS))
 def planned(request, tmp_path):
-    """(overlay's container, what inspect prints for it)."""
-    write_shape(tmp_path, MODELS[request.param])
-    config = server_config(render(request.param))
-    flags = [f"--{name}={config[name]}" for name in ("device", "max-prompt-tokens", "kv-pool-tokens") if name in config]
-    done = subprocess.run([headstart(), "inspect", f"--model={tmp_path}", "--json", *flags], capture_output=True,
-                          text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return config, container_of(render(request.param)), json.loads(done.stdout)
+    """(overlay's config, its container, what inspect prints for it)."""
+    objects = render(request.param)
+    return server_config(objects), container_of(objects), plan_of(request.param, tmp_path)
 
 
 def bytes_of(quantity):
@@ -69,10 +79,30 @@ def bytes_of(quantity):
 def test_memory_holds_what_is_planned(planned):
     config, container, plan = planned
     total, limit = plan["memory_bytes"]["total"], bytes_of(container["resources"]["limits"]["memory"])
-    print(f"planned {total / GIB:.2f} GiB {plan['memory_bytes']}")
+    print(f"planned {total / GIB:.2f} GiB {plan['memory_bytes']}, {plan['host_kv_bytes'] / GIB:.2f} GiB for KV on its way out")
     if config["device"] == "cuda":
         assert total < 0.9 * 80e9, "an H100 has 80 GB"
-        assert plan["stored_weight_bytes"] < limit, "the files pass through the page cache of the pod"
+        in_pod = plan["stored_weight_bytes"] + plan["host_kv_bytes"]
+        assert in_pod < limit, "the files pass through the page cache of the pod"
     else:
-        # Beside the plan: the process, requests that are received, KV that waits for its clients.
-        assert 1.25 * total < limit < 3 * total
+        # Beside the plan: the process, and requests that are received.
+        in_pod = total + plan["host_kv_bytes"]
+        assert 1.25 * in_pod < limit < 3 * in_pod
+
+
+# Piece, GPU memory without scratch, window, the pod's memory.
+SIZE = re.compile(r"^\| `piece-tokens = (\d+)` \| ([\d.]+) GiB \| (\d+) GiB \| (\d+)Gi \|$", flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("piece, device_gib, window_gib, pod_gib", SIZE.findall((REPO / "deploy/README.md").read_text()))
+def test_sizes_in_the_readme_are_those_of_the_h100_overlay(tmp_path, piece, device_gib, window_gib, pod_gib):
+    plan = plan_of("h100", tmp_path, **{"piece-tokens": piece})
+    assert f"{plan['memory_bytes']['total'] / GIB:.1f}" == device_gib
+    assert plan["host_kv_bytes"] == int(window_gib) * GIB
+    assert f"{pod_gib}Gi" == container_of(render("h100"))["resources"]["limits"]["memory"]
+    # Beside the window: files in the page cache, the process, and requests that are received.
+    assert plan["stored_weight_bytes"] + plan["host_kv_bytes"] + 2 * GIB < int(pod_gib) * GIB
+
+
+def test_the_readme_has_sizes():
+    assert len(SIZE.findall((REPO / "deploy/README.md").read_text())) >= 2

@@ -72,7 +72,7 @@ class Server:
         self.process.wait()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve(tmp_path_factory):
     """serve(model_dir, *flags, device=...) is a context manager that yields a Server which is ready."""
 

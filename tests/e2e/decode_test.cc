@@ -29,16 +29,16 @@ using testing::WriteTinyModel;
 
 // Greedy continuation without any cache: the whole text runs anew for every token.
 std::vector<int32_t> ContinueAlone(Engine& engine, const std::vector<uint32_t>& prompt, int count) {
-  PrefillJob job;
-  job.token_ids.assign(prompt.begin(), prompt.end());
-  job.attention = ResolvePreset(AttentionPreset::kExact, engine.config().heads);
+  PrefillRequest request;
+  request.token_ids.assign(prompt.begin(), prompt.end());
+  request.attention = ResolvePreset(AttentionPreset::kExact, engine.config().heads);
   std::vector<int32_t> tokens;
   for (int i = 0; i < count; ++i) {
-    const absl::StatusOr<Computed> computed = Compute(engine, job);
+    const absl::StatusOr<Computed> computed = Compute(engine, request);
     EXPECT_OK(computed);
     if (!computed.ok()) break;
     tokens.push_back(computed->result.first_token.id);
-    job.token_ids.push_back(tokens.back());
+    request.token_ids.push_back(tokens.back());
   }
   return tokens;
 }

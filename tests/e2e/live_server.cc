@@ -2,9 +2,8 @@
 
 #include <utility>
 
-#include "absl/time/clock.h"
 #include "kernels/base/status_macros.h"
-#include "tests/testing/fake_sink.h"
+#include "tests/testing/kv_collector.h"
 
 namespace headstart::testing {
 
@@ -26,28 +25,14 @@ TinyModelOptions LargeKvModel() {
 
 absl::StatusOr<std::unique_ptr<LiveServer>> LiveServer::Start(const LiveServerOptions& options) {
   auto live = std::make_unique<LiveServer>();
-  HEADSTART_RETURN_IF_ERROR(WriteTinyModel(live->model_dir(), options.model));
-  live->num_layers_ = options.model.num_layers;
-  ServerOptions server = options.server;
-  server.model_dir = live->model_dir();
-  server.model_name = "tiny";
-  server.listen = "127.0.0.1:0";
-  server.admin_listen = "";
-
-  EngineOptions& engine = live->engine_options_;
-  engine.model_dir = server.model_dir;
-  engine.model_name = server.model_name;
-  engine.backend = {.device = "cpu", .dtype = ComputeDType::kF32, .num_threads = 1};
-  engine.chunk_tokens = server.chunk_tokens;
-  engine.kv_pool_tokens = server.kv_pool_tokens;
-  const auto make_engine = [raw = live.get()]() -> absl::StatusOr<std::unique_ptr<Engine>> {
-    HEADSTART_ASSIGN_OR_RETURN(auto inner, MakeBackend(raw->engine_options_.backend));
-    auto backend = std::make_unique<FaultBackend>(std::move(inner));
-    raw->backend_ = backend.get();
-    return Engine::Create(raw->engine_options_, std::move(backend), nullptr);
-  };
-  HEADSTART_ASSIGN_OR_RETURN(live->server_, Server::Start(server, make_engine));
-  HEADSTART_RETURN_IF_ERROR(live->server_->WaitUntilLoaded());
+  const ServerOptions own = live->options_;
+  live->model_ = options.model;
+  live->options_ = options.server;
+  live->options_.model_dir = own.model_dir;
+  live->options_.listen = own.listen;
+  live->options_.admin_listen = "";
+  live->options_.backend = own.backend;
+  HEADSTART_RETURN_IF_ERROR(live->StartServing());
   return live;
 }
 
@@ -56,24 +41,11 @@ PrefillClientOptions LiveServer::client_options() const {
   options.target = target();
   options.timeout = absl::Seconds(30);
   options.retry.max_attempts = 1;
+  options.connections = 1;
   // The server is there; but under load gRPC 1.51 sometimes takes a connection that is under way
   // for a failed one ("ipv4:...: No such file or directory"). Then a call waits for the next.
   options.wait_for_ready = true;
   return options;
-}
-
-absl::StatusOr<std::unique_ptr<Engine>> LiveServer::MakeLocalEngine() const {
-  return Engine::Create(engine_options_, nullptr);
-}
-
-bool LiveServer::BecomesIdle(absl::Duration limit) {
-  return ComesTrue(
-      [this] {
-        const MetricsSnapshot now = server_->Snapshot();
-        return now.load.inflight_requests == 0 && now.load.acquired == now.load.released &&
-               now.pool_free == now.pool_blocks && now.pool_acquired == now.pool_released;
-      },
-      limit);
 }
 
 std::vector<uint32_t> SomePrompt(int64_t count, uint32_t seed) {
@@ -107,29 +79,20 @@ absl::StatusOr<Received> Receive(const PrefillClientOptions& client,
   return received;
 }
 
-absl::StatusOr<Computed> Compute(Engine& engine, const PrefillJob& job) {
-  FakeSink sink;
+absl::StatusOr<Computed> Compute(Engine& engine, const PrefillRequest& request) {
+  KvCollector collector;
   Computed computed;
-  HEADSTART_ASSIGN_OR_RETURN(computed.result, engine.RunPrefill(job, sink));
+  HEADSTART_ASSIGN_OR_RETURN(computed.result, collector.Run(engine, request));
   const HeadShape& heads = engine.config().heads;
-  const int64_t row_bytes = heads.head_dim * DTypeBytes(engine.kv_dtype());
+  const int64_t row_bytes = heads.head_dim * DTypeBytes(engine.geometry().dtype);
   for (int32_t layer = 0; layer < engine.config().num_layers; ++layer) {
     for (const std::vector<std::byte>& plane :
-         {sink.Keys(layer, heads.num_kv_heads, row_bytes),
-          sink.Values(layer, heads.num_kv_heads, row_bytes)}) {
+         {collector.Keys(layer, heads.num_kv_heads, row_bytes),
+          collector.Values(layer, heads.num_kv_heads, row_bytes)}) {
       computed.kv.insert(computed.kv.end(), plane.begin(), plane.end());
     }
   }
   return computed;
-}
-
-bool ComesTrue(const std::function<bool()>& condition, absl::Duration limit) {
-  const absl::Time end = absl::Now() + limit;
-  while (!condition()) {
-    if (absl::Now() > end) return false;
-    absl::SleepFor(absl::Milliseconds(1));
-  }
-  return true;
 }
 
 }  // namespace headstart::testing

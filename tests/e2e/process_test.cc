@@ -49,7 +49,10 @@ std::string WritePrompt(const TempDir& dir, const std::vector<uint32_t>& ids) {
 
 // ---- a client that dies; the server in this process
 
-TEST(ClientProcessTest, KilledClientFreesEverythingWithinASecond) {
+// On the call's own connection, and on two that fetch.
+class KilledClientTest : public ::testing::TestWithParam<const char*> {};
+
+TEST_P(KilledClientTest, FreesEverythingWithinASecond) {
   LiveServerOptions options;
   options.model.num_layers = 60;
   ASSERT_OK_AND_ASSIGN(const auto server, LiveServer::Start(options));
@@ -62,15 +65,19 @@ TEST(ClientProcessTest, KilledClientFreesEverythingWithinASecond) {
     return absl::OkStatus();
   });
   TempDir dir;
-  ChildProcess client(HEADSTART_PROGRAM,
-                      {"request", "--target", server->target(), "--random", "200"}, dir / "log");
+  ChildProcess client(
+      HEADSTART_PROGRAM,
+      {"request", "--target", server->target(), "--random", "200", "--connections", GetParam()},
+      dir / "log");
   computes.WaitForNotification();
   client.Signal(SIGKILL);
   const absl::Time killed = absl::Now();
-  EXPECT_TRUE(server->BecomesIdle(absl::Seconds(1)));
+  EXPECT_TRUE(server->BecomesIdle(absl::Seconds(1))) << server->WhatIsLeft();
   EXPECT_LT(absl::Now() - killed, absl::Seconds(1));
   EXPECT_EQ(client.Wait(), -SIGKILL);
 }
+
+INSTANTIATE_TEST_SUITE_P(Connections, KilledClientTest, ::testing::Values("1", "2"));
 
 TEST(ClientProcessTest, DecodeProgramPrintsWhatTheLibraryDecodes) {
   ASSERT_OK_AND_ASSIGN(const auto server, LiveServer::Start({}));
@@ -120,11 +127,9 @@ class ServerProcessTest : public ::testing::Test {
  protected:
   void StartServer(const std::vector<std::string>& more = {}) {
     ASSERT_OK(testing::WriteTinyModel(dir_ / "model", testing::LargeKvModel()));
-    std::vector<std::string> arguments = {
-        "serve", "--model",     dir_ / "model", "--dtype",
-        "f32",   "--listen",    "127.0.0.1:0",  "--admin-listen",
-        "",      "--port-file", dir_ / "port",  "--send-buffer-bytes",
-        "1MB"};
+    std::vector<std::string> arguments = {"serve", "--model",     dir_ / "model", "--dtype",
+                                          "f32",   "--listen",    "127.0.0.1:0",  "--admin-listen",
+                                          "",      "--port-file", dir_ / "port"};
     arguments.insert(arguments.end(), more.begin(), more.end());
     server_ = std::make_unique<ChildProcess>(HEADSTART_PROGRAM, arguments, dir_ / "log");
     ASSERT_TRUE(

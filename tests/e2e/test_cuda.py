@@ -50,7 +50,7 @@ def test_kv_is_as_close_to_the_truth_as_transformers_in_bf16(serve, tmp_path, na
     path = save_random_model(MODELS[name], tmp_path / name, torch.bfloat16, device="cuda")
     model, truth = load(path, torch.bfloat16), load(path, torch.float32)
     # Chunks of 1024 tokens: the longest prompt goes through in three.
-    with serve(path, "--prefill-chunk-tokens", "1024", device="cuda") as server, server.client() as client:
+    with serve(path, "--piece-tokens", "1024", device="cuda") as server, server.client() as client:
         for length in LENGTHS:
             prompt = random_prompt(model.config.vocab_size, length)
             result = client.prefill(prompt, attention="exact")

@@ -64,7 +64,7 @@ def test_a_prompt_of_several_prefill_chunks_gives_the_same_kv(serve, tmp_path):
     path = save_tiny_model("qwen3", tmp_path / "qwen3", torch.float32)
     model = AutoModelForCausalLM.from_pretrained(path)
     prompt = random_prompt(model.config.vocab_size, 1000)
-    with serve(path, "--dtype", "f32", "--prefill-chunk-tokens", "256") as server, server.client() as client:
+    with serve(path, "--dtype", "f32", "--piece-tokens", "256") as server, server.client() as client:
         result = client.prefill(prompt, attention="exact")
     assert result.num_chunks >= 4 * model.config.num_hidden_layers
     assert_f32_kv_close(result.kv, transformers_prefill(model, prompt)[0])

@@ -65,11 +65,13 @@ TEST(AttentionPresetTest, BalancedAndFastDifferInGammaAndFloor) {
   EXPECT_EQ(fast, balanced);
 }
 
+constexpr int32_t kLayers = 32;
+
 TEST(AttentionOptionsTest, PresetsAreValidForEveryModel) {
   for (const HeadShape& heads : {kLlama8B, kQwen7B, kSmolLm2}) {
     for (const AttentionPreset preset : {AttentionPreset::kExact, AttentionPreset::kPaper,
                                          AttentionPreset::kBalanced, AttentionPreset::kFast}) {
-      EXPECT_OK(ValidateAttentionOptions(ResolvePreset(preset, heads), heads));
+      EXPECT_OK(ValidateAttentionOptions(ResolvePreset(preset, heads), heads, kLayers));
     }
   }
 }
@@ -79,9 +81,9 @@ TEST(AttentionOptionsTest, TakesExactlyTheProxyCountsThatCutTheHeadsEvenly) {
     ProxyAttnOptions options;
     options.num_proxies = g;
     const bool fits = g == 1 || g == 3 || g == 9;
-    EXPECT_EQ(ValidateAttentionOptions(options, kSmolLm2).ok(), fits) << g;
+    EXPECT_EQ(ValidateAttentionOptions(options, kSmolLm2, kLayers).ok(), fits) << g;
     const bool fits_qwen = g == 1 || g == 2 || g == 4 || g == 28;  // not 7, 14: 4 doesn't divide
-    EXPECT_EQ(ValidateAttentionOptions(options, kQwen7B).ok(), fits_qwen) << g;
+    EXPECT_EQ(ValidateAttentionOptions(options, kQwen7B, kLayers).ok(), fits_qwen) << g;
   }
 }
 
@@ -89,7 +91,7 @@ TEST(AttentionOptionsTest, RefusesValuesByName) {
   const auto refusal = [](auto set) {
     ProxyAttnOptions options;
     set(options);
-    return ValidateAttentionOptions(options, kLlama8B);
+    return ValidateAttentionOptions(options, kLlama8B, kLayers);
   };
   using Options = ProxyAttnOptions&;
   const auto is = [](const char* message) {
@@ -117,6 +119,8 @@ TEST(AttentionOptionsTest, RefusesValuesByName) {
                 o.dense_layers = {0, -3};
               }),
               is("attention.dense_layers=-3"));
+  EXPECT_THAT(refusal([](Options o) { o.dense_layers = {kLayers}; }),
+              is("attention.dense_layers=32 is not below the 32 layers"));
 }
 
 }  // namespace

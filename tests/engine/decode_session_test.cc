@@ -10,9 +10,9 @@
 namespace headstart {
 namespace {
 
-using testing::FakeSink;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using testing::KvCollector;
 using testing::StatusIs;
 using testing::TinyModelOptions;
 
@@ -26,7 +26,7 @@ class DecodeSessionTest : public EngineTest, public ::testing::WithParamInterfac
     return options;
   }
   // Imports what the sink got.
-  static absl::Status Import(const TestEngine& test, const FakeSink& sink, int64_t num_tokens,
+  static absl::Status Import(const TestEngine& test, const KvCollector& sink, int64_t num_tokens,
                              DecodeSession& session) {
     HEADSTART_RETURN_IF_ERROR(session.StartSequence(num_tokens));
     for (int32_t layer = 0; layer < session.config().num_layers; ++layer) {
@@ -46,16 +46,16 @@ TEST_P(DecodeSessionTest, ContinuesLikeAPrefillOfTheLongerPrompt) {
   EXPECT_EQ(session->model_hash(), test.engine->model_hash());
   // The third fills a page, so that the steps begin another one.
   for (const int64_t num_tokens : {1, 300, 384}) {
-    PrefillJob job;
+    PrefillRequest job;
     job.token_ids = RandomTokens(num_tokens);
-    FakeSink sink;
-    ASSERT_OK_AND_ASSIGN(PrefillResult prefill, test.engine->RunPrefill(job, sink));
+    KvCollector sink;
+    ASSERT_OK_AND_ASSIGN(PrefillResult prefill, sink.Run(*test.engine, job));
     ASSERT_OK(Import(test, sink, num_tokens, *session));
     for (int step = 0; step < 4; ++step) {
       job.token_ids.push_back(prefill.first_token.id);
       ASSERT_OK_AND_ASSIGN(const SampledToken token, session->Step(prefill.first_token.id));
-      FakeSink longer;
-      ASSERT_OK_AND_ASSIGN(prefill, test.engine->RunPrefill(job, longer));
+      KvCollector longer;
+      ASSERT_OK_AND_ASSIGN(prefill, longer.Run(*test.engine, job));
       EXPECT_EQ(token.id, prefill.first_token.id) << num_tokens << " + " << step;
       EXPECT_NEAR(token.logprob, prefill.first_token.logprob, 1e-4);
       EXPECT_EQ(session->num_tokens(), num_tokens + step + 1);
@@ -77,10 +77,10 @@ TEST_F(DecodeSessionErrorsTest, AnEmptySequenceNeedsNoImport) {
   for (const int32_t id : {5, 6, 7}) {
     ASSERT_OK_AND_ASSIGN(token, session->Step(id));
   }
-  PrefillJob job;
+  PrefillRequest job;
   job.token_ids = {5, 6, 7};
-  FakeSink sink;
-  ASSERT_OK_AND_ASSIGN(const PrefillResult prefill, test.engine->RunPrefill(job, sink));
+  KvCollector sink;
+  ASSERT_OK_AND_ASSIGN(const PrefillResult prefill, sink.Run(*test.engine, job));
   EXPECT_EQ(token.id, prefill.first_token.id);
 }
 

@@ -1,8 +1,9 @@
-// What goes wrong while a prompt runs: whatever it is, the job ends with its error, its pages go
-// back, and the next job is as good as on a new engine.
+// What goes wrong while a prompt runs: whatever it is, the request ends with its error, its pages
+// go back, and the next one is as good as on a new engine.
 #include <gtest/gtest.h>
 
-#include <algorithm>
+#include <atomic>
+#include <functional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -17,8 +18,8 @@ namespace {
 
 using ::testing::AllOf;
 using testing::BackendCall;
-using testing::FakeSink;
 using ::testing::HasSubstr;
+using testing::KvCollector;
 using testing::StatusIs;
 
 constexpr int32_t kLayers = 4;
@@ -29,21 +30,25 @@ class EngineFaultsTest : public EngineTest {
   void SetUp() override {
     testing::TinyModelOptions model;
     model.num_layers = kLayers;
-    ASSERT_OK_AND_ASSIGN(test_, MakeEngine(model, /*chunk_tokens=*/256));
+    ASSERT_OK_AND_ASSIGN(test_, MakeEngine(model, /*piece_tokens=*/256));
     job_.token_ids = RandomTokens(kTokens);
-    ASSERT_OK(test_.engine->RunPrefill(job_, clean_));
+    ASSERT_OK(clean_.Run(*test_.engine, job_));
   }
 
   // After a failure: nothing is held, and the next job gives the bytes of the first.
   void ExpectRecovered() {
     EXPECT_EQ(test_.pool().acquired(), test_.pool().released());
     EXPECT_EQ(test_.pool().free_pages(), test_.pool().num_pages());
+    const HostPages& host = test_.engine->host_pages();
+    EXPECT_EQ(host.free_chunks(), host.num_chunks());
+    const SchedulerLoad load = test_.engine->load();
+    EXPECT_EQ(load.acquired, load.released);
     test_.backend->SetHook(nullptr);
     test_.backend->PoisonOutput("", 0);
-    PrefillJob job;
+    PrefillRequest job;
     job.token_ids = job_.token_ids;
-    FakeSink sink;
-    ASSERT_OK(test_.engine->RunPrefill(job, sink));
+    KvCollector sink;
+    ASSERT_OK(sink.Run(*test_.engine, job));
     for (int32_t layer = 0; layer < kLayers; ++layer) {
       EXPECT_EQ(test_.Keys(sink, layer), test_.Keys(clean_, layer)) << layer;
       EXPECT_EQ(test_.Values(sink, layer), test_.Values(clean_, layer)) << layer;
@@ -51,75 +56,87 @@ class EngineFaultsTest : public EngineTest {
   }
 
   TestEngine test_;
-  PrefillJob job_;
-  FakeSink clean_;
+  PrefillRequest job_;
+  KvCollector clean_;
 };
 
 class EngineFaultsAtLayerTest : public EngineFaultsTest,
                                 public ::testing::WithParamInterface<int32_t> {};
 INSTANTIATE_TEST_SUITE_P(Layers, EngineFaultsAtLayerTest, ::testing::Range(0, kLayers));
 
-// The job is cancelled by another thread while the layer is held.
-TEST_P(EngineFaultsAtLayerTest, CancelIsSeenBeforeTheNextLayer) {
-  const int32_t layer = GetParam();
-  testing::Notification reached, cancelled;
-  test_.backend->SetHook([&](const BackendCall& call) {
-    if (call.op == "RopeAndStoreKv" && call.layer == layer && !reached.HasBeenNotified()) {
-      reached.Notify();
-      cancelled.WaitForNotification();
-    }
-    return absl::OkStatus();
-  });
-  std::thread client([&] {
-    reached.WaitForNotification();
-    job_.cancelled = true;
-    cancelled.Notify();
-  });
-  FakeSink sink;
-  const absl::Status status = test_.engine->RunPrefill(job_, sink).status();
-  client.join();
-  // Behind the last layer comes the next chunk.
-  const int32_t seen_before = (layer + 1) % kLayers;
-  EXPECT_THAT(status, StatusIs(absl::StatusCode::kCancelled,
-                               HasSubstr("before layer " + std::to_string(seen_before))));
-  // The layer itself was finished; it would have left behind the next one.
-  EXPECT_EQ(sink.chunks().size(), layer);
+// The request ends while a layer of it is held, by a cancel or by its deadline: no later layer is
+// computed.
+class EndedInALayerTest : public EngineFaultsAtLayerTest {
+ protected:
+  // Runs the job; `let_it_end` is called when the layer is reached, and holds it.
+  absl::Status RunHeld(const std::function<void()>& let_it_end, KvCollector& kv) {
+    const int32_t layer = GetParam();
+    test_.backend->SetHook([this, layer, let_it_end](const BackendCall& call) {
+      if (call.op != "RopeAndStoreKv") return absl::OkStatus();
+      if (held_.exchange(held_.load() || call.layer == layer)) {
+        ++calls_after_;
+      } else if (call.layer == layer) {
+        let_it_end();
+      }
+      return absl::OkStatus();
+    });
+    const absl::Status status = kv.Run(*test_.engine, job_).status();
+    EXPECT_EQ(calls_after_, 0);
+    return status;
+  }
+
+  std::atomic<bool> held_{false};
+  std::atomic<int> calls_after_{0};
+};
+INSTANTIATE_TEST_SUITE_P(Layers, EndedInALayerTest, ::testing::Range(0, kLayers));
+
+TEST_P(EndedInALayerTest, ACancelIsSeenBeforeTheNextLayer) {
+  KvCollector kv;
+  uint64_t key = 0;
+  testing::Notification submitted;
+  kv.on_submitted = [&](const Submission& submission) {
+    key = submission.key;
+    submitted.Notify();
+  };
+  EXPECT_THAT(RunHeld(
+                  [&] {
+                    submitted.WaitForNotification();
+                    test_.engine->End(key, absl::CancelledError("nobody wants it"));
+                  },
+                  kv),
+              StatusIs(absl::StatusCode::kCancelled, HasSubstr("nobody wants it")));
   ExpectRecovered();
 }
 
-TEST_P(EngineFaultsAtLayerTest, DeadlineIsSeenBeforeTheNextLayer) {
-  const int32_t layer = GetParam();
-  job_.deadline = absl::Now() + absl::Seconds(1);
-  test_.backend->SetHook([&](const BackendCall& call) {
-    // Holds the layer until the deadline has passed.
-    while (call.op == "RopeAndStoreKv" && call.layer == layer && absl::Now() < job_.deadline) {
-      std::this_thread::yield();
-    }
-    return absl::OkStatus();
-  });
-  FakeSink sink;
-  const int32_t seen_before = (layer + 1) % kLayers;
-  EXPECT_THAT(test_.engine->RunPrefill(job_, sink),
+TEST_P(EndedInALayerTest, ADeadlineIsSeenBeforeTheNextLayer) {
+  job_.deadline = absl::Now() + absl::Milliseconds(300);
+  KvCollector kv;
+  // Holds the layer until everyone was told that the deadline has passed.
+  EXPECT_THAT(RunHeld(
+                  [&] {
+                    while (test_.engine->load().inflight_requests > 0 &&
+                           absl::Now() < job_.deadline + absl::Milliseconds(50)) {
+                      std::this_thread::yield();
+                    }
+                  },
+                  kv),
               StatusIs(absl::StatusCode::kDeadlineExceeded,
-                       HasSubstr("before layer " + std::to_string(seen_before))));
-  EXPECT_EQ(sink.chunks().size(), layer);
+                       HasSubstr("the deadline passed before the prompt was computed")));
   ExpectRecovered();
 }
 
 TEST_P(EngineFaultsAtLayerTest, BackendErrorsEndTheJob) {
   const int32_t layer = GetParam();
-  for (const std::string op : {"RmsNorm", "Linear", "RopeAndStoreKv", "ReadKv"}) {
+  for (const std::string op : {"RmsNorm", "Linear", "RopeAndStoreKv", "CopyOut", "Wait"}) {
     SCOPED_TRACE(op);
-    // A layer is read behind the next one.
-    const int32_t layers_sent = op == "ReadKv" ? layer : std::max(layer - 1, 0);
     test_.backend->SetHook([&](const BackendCall& call) {
       return call.op == op && call.layer == layer ? absl::ResourceExhaustedError("out of memory")
                                                   : absl::OkStatus();
     });
-    FakeSink sink;
-    EXPECT_THAT(test_.engine->RunPrefill(job_, sink),
+    KvCollector sink;
+    EXPECT_THAT(sink.Run(*test_.engine, job_),
                 StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("out of memory")));
-    EXPECT_EQ(sink.chunks().size(), layers_sent);
+    for (const testing::CollectedChunk& chunk : sink.chunks()) EXPECT_LT(chunk.layer, layer);
     ExpectRecovered();
   }
 }
@@ -130,8 +147,8 @@ TEST_P(EngineFaultsAtLayerTest, NanInTheFeedForwardIsNamedWithItsLayer) {
   const bool is_last = layer + 1 == kLayers;
   job_.token_ids.resize(1);  // the row that the logits are made of
   test_.backend->PoisonOutput("SwiGlu", layer);
-  FakeSink sink;
-  const absl::Status status = test_.engine->RunPrefill(job_, sink).status();
+  KvCollector sink;
+  const absl::Status status = sink.Run(*test_.engine, job_).status();
   EXPECT_THAT(status,
               StatusIs(absl::StatusCode::kInternal,
                        AllOf(HasSubstr("not finite"),
@@ -144,66 +161,40 @@ TEST_P(EngineFaultsAtLayerTest, NanInTheFeedForwardIsNamedWithItsLayer) {
 // A NaN before the projections is found in the KV of the same layer.
 TEST_P(EngineFaultsAtLayerTest, NanInTheKvIsNamedWithItsLayer) {
   test_.backend->PoisonOutput("RmsNorm", GetParam());
-  FakeSink sink;
-  const absl::Status status = test_.engine->RunPrefill(job_, sink).status();
+  KvCollector sink;
+  const absl::Status status = sink.Run(*test_.engine, job_).status();
   EXPECT_THAT(status, StatusIs(absl::StatusCode::kInternal,
                                HasSubstr("KV of layer " + std::to_string(GetParam()))));
   EXPECT_TRUE(IsNonFiniteError(status));
-  EXPECT_EQ(sink.chunks().size(), GetParam());  // nothing of the layer was committed
+  // Nothing of the layer was published.
+  for (const testing::CollectedChunk& chunk : sink.chunks()) EXPECT_LT(chunk.layer, GetParam());
   ExpectRecovered();
 }
 
-TEST_P(EngineFaultsAtLayerTest, SinkErrorsArePassedOn) {
-  const int32_t layer = GetParam();
-  for (const bool at_commit : {false, true}) {
-    FakeSink sink;
-    if (at_commit) {
-      sink.on_commit = [layer](const testing::SunkChunk& chunk) {
-        return chunk.info.layer == layer ? absl::CancelledError("reader stalled")
-                                         : absl::OkStatus();
-      };
-    } else {
-      sink.on_reserve = [layer](const KvChunkInfo& chunk) {
-        return chunk.layer == layer ? absl::CancelledError("reader stalled") : absl::OkStatus();
-      };
-    }
-    EXPECT_THAT(test_.engine->RunPrefill(job_, sink),
-                StatusIs(absl::StatusCode::kCancelled, HasSubstr("reader stalled")));
-    EXPECT_EQ(sink.chunks().size(), layer);
-    ExpectRecovered();
-  }
-}
-
-TEST_F(EngineFaultsTest, SinkThatDoesNotStartEndsTheJobBeforeItComputes) {
-  FakeSink sink;
-  sink.start_status = absl::UnavailableError("gone");
+TEST_F(EngineFaultsTest, APromptThatIsTooLateDoesNotStart) {
   const int64_t embeds = test_.backend->CountCalls("Embed");
-  EXPECT_THAT(test_.engine->RunPrefill(job_, sink), StatusIs(absl::StatusCode::kUnavailable));
-  EXPECT_EQ(test_.backend->CountCalls("Embed"), embeds);
-  ExpectRecovered();
-}
-
-TEST_F(EngineFaultsTest, JobsThatNobodyWantsDoNotStart) {
-  const int64_t embeds = test_.backend->CountCalls("Embed");
-  FakeSink sink;
+  KvCollector sink;
   job_.deadline = absl::Now() - absl::Seconds(1);
-  EXPECT_THAT(test_.engine->RunPrefill(job_, sink), StatusIs(absl::StatusCode::kDeadlineExceeded));
-  job_.cancelled = true;
-  EXPECT_THAT(test_.engine->RunPrefill(job_, sink), StatusIs(absl::StatusCode::kCancelled));
+  EXPECT_THAT(sink.Run(*test_.engine, job_), StatusIs(absl::StatusCode::kDeadlineExceeded));
   EXPECT_EQ(test_.backend->CountCalls("Embed"), embeds);
   ExpectRecovered();
 }
 
-TEST_F(EngineFaultsTest, ErrorsBehindTheLastLayerEndTheJob) {
-  for (const char* op : {"Download", "ReadStats"}) {
+// An INTERNAL that is no NaN: the backend is lost, and with it the engine.
+TEST_F(EngineFaultsTest, ErrorsBehindTheLastLayerLoseTheEngine) {
+  for (const char* op : {"Download", "TakeTimes"}) {
+    ASSERT_OK_AND_ASSIGN(test_, TestEngine::Create(Options(dir_.path())));
+    absl::Status lost;
+    test_.engine->OnLost([&](const absl::Status& status) { lost = status; });
     test_.backend->SetHook([op](const BackendCall& call) {
       return call.op == op ? absl::InternalError("device lost") : absl::OkStatus();
     });
-    FakeSink sink;
-    const absl::Status status = test_.engine->RunPrefill(job_, sink).status();
-    EXPECT_THAT(status, StatusIs(absl::StatusCode::kInternal, HasSubstr("device lost")));
-    EXPECT_FALSE(IsNonFiniteError(status));
-    ExpectRecovered();
+    KvCollector sink;
+    EXPECT_THAT(sink.Run(*test_.engine, job_),
+                StatusIs(absl::StatusCode::kInternal, HasSubstr("device lost")));
+    EXPECT_THAT(test_.engine->CheckOpen(), StatusIs(absl::StatusCode::kUnavailable));
+    test_.engine.reset();
+    EXPECT_THAT(lost, StatusIs(absl::StatusCode::kInternal, HasSubstr("device lost")));
   }
 }
 
@@ -216,18 +207,18 @@ TEST_F(EngineFaultsTest, StartUpWithoutMemoryIsAnError) {
     auto backend = std::make_unique<testing::FaultBackend>(std::move(inner));
     allocations = 0;
     backend->SetHook([&](const BackendCall& call) {
-      return call.op == "Allocate" && allocations++ == failing
+      return (call.op == "Allocate" || call.op == "AllocateHost") && allocations++ == failing
                  ? absl::ResourceExhaustedError("no room")
                  : absl::OkStatus();
     });
-    const auto engine = Engine::Create(options, std::move(backend), nullptr);
+    const auto engine = testing::MakeEngine(options, std::move(backend));
     if (failing == allocations) {  // none was left to fail
       EXPECT_OK(engine);
       break;
     }
     EXPECT_THAT(engine, StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("no room")));
   }
-  EXPECT_EQ(allocations, 10);  // KV, page table, eight activations
+  EXPECT_EQ(allocations, 26);  // KV, 16 slots, seven activations; of the host: flags, KV
 }
 
 }  // namespace

@@ -11,8 +11,8 @@
 
 #include "engine/engine.h"
 #include "kernels/base/status_macros.h"
-#include "tests/testing/fake_sink.h"
 #include "tests/testing/fault_backend.h"
+#include "tests/testing/kv_collector.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/temp_dir.h"
 #include "tests/testing/tiny_model.h"
@@ -40,19 +40,19 @@ struct TestEngine {
     auto backend = std::make_unique<testing::FaultBackend>(std::move(inner));
     TestEngine out;
     out.backend = backend.get();
-    HEADSTART_ASSIGN_OR_RETURN(out.engine, Engine::Create(options, std::move(backend), nullptr));
+    HEADSTART_ASSIGN_OR_RETURN(out.engine, testing::MakeEngine(options, std::move(backend)));
     return out;
   }
 
-  const BlockPool& pool() const { return engine->block_pool(); }
-  std::vector<std::byte> Keys(const testing::FakeSink& sink, int32_t layer) const {
+  const PagePool& pool() const { return engine->page_pool(); }
+  std::vector<std::byte> Keys(const testing::KvCollector& sink, int32_t layer) const {
     return sink.Keys(layer, engine->config().heads.num_kv_heads, RowBytes());
   }
-  std::vector<std::byte> Values(const testing::FakeSink& sink, int32_t layer) const {
+  std::vector<std::byte> Values(const testing::KvCollector& sink, int32_t layer) const {
     return sink.Values(layer, engine->config().heads.num_kv_heads, RowBytes());
   }
   int64_t RowBytes() const {
-    return engine->config().heads.head_dim * DTypeBytes(engine->kv_dtype());
+    return engine->config().heads.head_dim * DTypeBytes(engine->geometry().dtype);
   }
 };
 
@@ -67,10 +67,10 @@ class EngineTest : public ::testing::Test {
     return options;
   }
   absl::StatusOr<TestEngine> MakeEngine(const testing::TinyModelOptions& model,
-                                        int64_t chunk_tokens = 8192, int32_t num_threads = 2) {
+                                        int64_t piece_tokens = 8192, int32_t num_threads = 2) {
     HEADSTART_RETURN_IF_ERROR(testing::WriteTinyModel(dir_.path(), model));
     EngineOptions options = Options(dir_.path());
-    options.chunk_tokens = chunk_tokens;
+    options.piece_tokens = piece_tokens;
     options.backend.num_threads = num_threads;
     return TestEngine::Create(options);
   }

@@ -15,8 +15,8 @@ namespace headstart {
 namespace {
 
 using ::testing::ElementsAre;
-using testing::FakeSink;
 using ::testing::HasSubstr;
+using testing::KvCollector;
 using testing::StatusIs;
 using testing::TinyModelOptions;
 
@@ -38,7 +38,7 @@ TEST_F(EngineCreateTest, ResolvesZerosFromTheModel) {
   EXPECT_EQ(options.max_prompt_tokens, 2048);
   EXPECT_EQ(options.kv_pool_tokens, 2048);
   EXPECT_EQ(test.pool().num_pages(), 16);
-  EXPECT_EQ(test.engine->kv_dtype(), DType::kF32);
+  EXPECT_EQ(test.engine->geometry().dtype, DType::kF32);
   EXPECT_EQ(test.engine->model_hash().size(), 64);
 }
 
@@ -63,9 +63,9 @@ TEST_F(EngineCreateTest, RefusesOptionsByName) {
   const auto is = [](const char* message) {
     return StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message));
   };
-  EXPECT_THAT(CreateWith([](auto& o) { o.chunk_tokens = 100; }),
-              is("chunk_tokens=100 is not a positive multiple of 128"));
-  EXPECT_THAT(CreateWith([](auto& o) { o.chunk_tokens = 0; }), is("chunk_tokens=0"));
+  EXPECT_THAT(CreateWith([](auto& o) { o.piece_tokens = 100; }),
+              is("piece_tokens=100 is not a positive multiple of 128"));
+  EXPECT_THAT(CreateWith([](auto& o) { o.piece_tokens = 0; }), is("piece_tokens=0"));
   EXPECT_THAT(CreateWith([](auto& o) { o.max_prompt_tokens = 2049; }),
               is("max_prompt_tokens=2049 is not in [1, 2048]"));
   EXPECT_THAT(CreateWith([](auto& o) { o.max_prompt_tokens = -1; }), is("max_prompt_tokens=-1"));
@@ -74,28 +74,16 @@ TEST_F(EngineCreateTest, RefusesOptionsByName) {
               is("kv_pool_tokens=9223372036854775807"));
 }
 
-TEST_F(EngineCreateTest, MakesItsOwnBackend) {
-  EngineOptions options = Options(dir_ / "tiny");
-  ASSERT_OK_AND_ASSIGN(const auto engine, Engine::Create(options, nullptr));
-  EXPECT_EQ(engine->backend().name(), "cpu");
-  options.backend.device = "abacus";
-  EXPECT_THAT(Engine::Create(options, nullptr),
-              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("abacus")));
-  options.model_dir = dir_ / "nowhere";  // the model is looked at first
-  EXPECT_THAT(Engine::Create(options, nullptr),
-              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("nowhere")));
-}
-
 class EngineRunTest : public EngineTest {
  protected:
   // A prompt of `num_tokens`, run; its KV is in the sink.
-  absl::StatusOr<PrefillResult> Run(const TestEngine& test, int64_t num_tokens, FakeSink& sink) {
-    PrefillJob job;
+  absl::StatusOr<PrefillResult> Run(const TestEngine& test, int64_t num_tokens, KvCollector& sink) {
+    PrefillRequest job;
     job.token_ids = RandomTokens(num_tokens);
-    return test.engine->RunPrefill(job, sink);
+    return sink.Run(*test.engine, job);
   }
   // Keys and values of all layers, one behind the other.
-  static std::vector<std::byte> AllKv(const TestEngine& test, const FakeSink& sink) {
+  static std::vector<std::byte> AllKv(const TestEngine& test, const KvCollector& sink) {
     std::vector<std::byte> all;
     for (int32_t layer = 0; layer < test.engine->config().num_layers; ++layer) {
       for (const auto& plane : {test.Keys(sink, layer), test.Values(sink, layer)}) {
@@ -112,48 +100,48 @@ TEST_F(EngineRunTest, ValidatesJobs) {
   options.max_prompt_tokens = 1024;
   options.kv_pool_tokens = 512;
   ASSERT_OK_AND_ASSIGN(const TestEngine test, TestEngine::Create(options));
-  const auto check = [&](const std::function<void(PrefillJob&)>& change) {
-    PrefillJob job;
+  const auto check = [&](const std::function<void(PrefillRequest&)>& change) {
+    PrefillRequest job;
     job.token_ids = {1, 2, 3};
     change(job);
-    FakeSink sink;
-    // RunPrefill says the same, before the sink hears of the job.
-    const absl::Status run = test.engine->RunPrefill(job, sink).status();
-    EXPECT_EQ(run, test.engine->Validate(job));
-    EXPECT_TRUE(run.ok() || sink.num_starts() == 0);
-    return run;
+    KvCollector sink;
+    const absl::Status valid = test.engine->Validate(job);
+    EXPECT_EQ(sink.Run(*test.engine, job).status(), valid);
+    return valid;
   };
   const auto is = [](const char* message) {
     return StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message));
   };
-  EXPECT_OK(check([](PrefillJob&) {}));
-  EXPECT_OK(check([](PrefillJob& j) { j.token_ids.assign(512, 255); }));
-  EXPECT_THAT(check([](PrefillJob& j) { j.token_ids.clear(); }), is("token_ids is empty"));
-  EXPECT_THAT(check([](PrefillJob& j) { j.token_ids[2] = 256; }),
+  EXPECT_OK(check([](PrefillRequest&) {}));
+  EXPECT_OK(check([](PrefillRequest& j) { j.token_ids.assign(512, 255); }));
+  EXPECT_THAT(check([](PrefillRequest& j) { j.token_ids.clear(); }), is("token_ids is empty"));
+  EXPECT_THAT(check([](PrefillRequest& j) { j.token_ids[2] = 256; }),
               is("token_ids[2]=256 is not below vocab_size 256"));
-  EXPECT_THAT(check([](PrefillJob& j) { j.token_ids[1] = -1; }), is("token_ids[1]=-1 is negative"));
-  EXPECT_THAT(check([](PrefillJob& j) { j.token_ids.assign(1025, 0); }),
+  EXPECT_THAT(check([](PrefillRequest& j) { j.token_ids[1] = -1; }),
+              is("token_ids[1]=-1 is negative"));
+  EXPECT_THAT(check([](PrefillRequest& j) { j.token_ids.assign(1025, 0); }),
               is("token_ids has 1025 ids, limit 1024"));
-  EXPECT_THAT(check([](PrefillJob& j) { j.token_ids.assign(513, 0); }),
+  EXPECT_THAT(check([](PrefillRequest& j) { j.token_ids.assign(513, 0); }),
               StatusIs(absl::StatusCode::kFailedPrecondition,
                        HasSubstr("token_ids has 513 ids, the KV pool holds 512")));
-  EXPECT_THAT(check([](PrefillJob& j) { j.attention.stride = 3; }), is("attention.stride=3"));
-  EXPECT_THAT(check([](PrefillJob& j) {
+  EXPECT_THAT(check([](PrefillRequest& j) { j.skip_tokens = 3; }),
+              is("skip_tokens=3 is not below the 3 token_ids"));
+  EXPECT_THAT(check([](PrefillRequest& j) { j.attention.stride = 3; }), is("attention.stride=3"));
+  EXPECT_THAT(check([](PrefillRequest& j) {
                 j.attention.dense_layers = {1, 2};
               }),
               is("attention.dense_layers=2 is not below the 2 layers"));
-  EXPECT_THAT(check([](PrefillJob& j) { j.sampling.top_p = 2; }), is("sampling.top_p=2"));
+  EXPECT_THAT(check([](PrefillRequest& j) { j.sampling.top_p = 2; }), is("sampling.top_p=2"));
 }
 
-TEST_F(EngineRunTest, SinkGetsEveryLayerInOrderAndWholePages) {
-  ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}, /*chunk_tokens=*/256));
-  FakeSink sink;
+TEST_F(EngineRunTest, ShipsEveryLayerInOrderAndWholePages) {
+  ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}, /*piece_tokens=*/256));
+  KvCollector sink;
   ASSERT_OK(Run(test, 600, sink));
-  EXPECT_EQ(sink.num_starts(), 1);
   std::vector<std::vector<int64_t>> chunks;
-  for (const testing::SunkChunk& chunk : sink.chunks()) {
-    chunks.push_back({chunk.info.layer, chunk.info.token_begin, chunk.info.token_count});
-    EXPECT_EQ(chunk.data.size(), 2 * 2 * 32 * 4 * chunk.info.token_count);
+  for (const testing::CollectedChunk& chunk : sink.chunks()) {
+    chunks.push_back({chunk.layer, chunk.tokens.begin, chunk.tokens.count});
+    EXPECT_EQ(chunk.data.size(), 2 * 2 * 32 * 4 * chunk.tokens.count);
   }
   using Chunk = std::vector<int64_t>;
   EXPECT_THAT(chunks, ElementsAre(Chunk{0, 0, 256}, Chunk{1, 0, 256}, Chunk{0, 256, 256},
@@ -166,12 +154,12 @@ TEST_F(EngineRunTest, ChunksStayBelowAMebibyte) {
   model.num_kv_heads = 4;
   model.head_dim = 64;  // a page has 2 * 4 * 128 * 64 * 4 bytes = 256 KiB
   ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine(model));
-  FakeSink sink;
+  KvCollector sink;
   ASSERT_OK(Run(test, 128 * 9 + 1, sink));
   std::vector<int64_t> counts;
-  for (const testing::SunkChunk& chunk : sink.chunks()) {
+  for (const testing::CollectedChunk& chunk : sink.chunks()) {
     EXPECT_LE(chunk.data.size(), 1 << 20);
-    counts.push_back(chunk.info.token_count);
+    counts.push_back(chunk.tokens.count);
   }
   EXPECT_THAT(counts, ElementsAre(512, 512, 129, 512, 512, 129));
 }
@@ -181,16 +169,16 @@ TEST_F(EngineRunTest, APageLargerThanAMebibyteIsAChunk) {
   model.num_heads = model.num_kv_heads = 8;
   model.head_dim = 192;  // a page has 1.5 MiB
   ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine(model));
-  FakeSink sink;
+  KvCollector sink;
   ASSERT_OK(Run(test, 130, sink));
   std::vector<int64_t> counts;
-  for (const testing::SunkChunk& chunk : sink.chunks()) counts.push_back(chunk.info.token_count);
+  for (const testing::CollectedChunk& chunk : sink.chunks()) counts.push_back(chunk.tokens.count);
   EXPECT_THAT(counts, ElementsAre(128, 2, 128, 2));
 }
 
 TEST_F(EngineRunTest, ReportsWhatItDid) {
   ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}));
-  FakeSink sink;
+  KvCollector sink;
   ASSERT_OK_AND_ASSIGN(const PrefillResult result, Run(test, 300, sink));
   EXPECT_THAT(result.layer_density, ElementsAre(1.0f, 1.0f));
   // Four heads: six causal blocks in the first layer, the last row's three in the last.
@@ -199,20 +187,20 @@ TEST_F(EngineRunTest, ReportsWhatItDid) {
   EXPECT_THAT(result.layer_predicted_blocks, ElementsAre(4 * 6, 4 * 3));  // no budget: what ran
   EXPECT_EQ(result.dense_fallbacks, 0);
   EXPECT_GT(result.attention_seconds, 0);
-  EXPECT_GE(result.sink_seconds, 0);
-  EXPECT_GT(result.total_seconds, result.attention_seconds + result.sink_seconds);
+  EXPECT_EQ(result.room_wait_seconds, 0);
+  EXPECT_GT(result.compute_seconds, result.attention_seconds);
 }
 
 TEST_F(EngineRunTest, RequestAfterRequestGivesTheSameBytes) {
   ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}, 256));
   std::vector<std::byte> first;
   for (int round = 0; round < 3; ++round) {
-    FakeSink sink;
-    PrefillJob job;
+    KvCollector sink;
+    PrefillRequest job;
     job.token_ids = RandomTokens(500);
     job.attention.enabled = round == 1;  // something else in between
     job.attention.dense_below_tokens = 0;
-    ASSERT_OK(test.engine->RunPrefill(job, sink));
+    ASSERT_OK(sink.Run(*test.engine, job));
     if (round == 0) first = AllKv(test, sink);
     if (round == 2) {
       EXPECT_EQ(AllKv(test, sink), first);
@@ -222,16 +210,16 @@ TEST_F(EngineRunTest, RequestAfterRequestGivesTheSameBytes) {
 
 TEST_F(EngineRunTest, SparseRequestsRepeatToo) {
   ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}, 512));
-  PrefillJob job;
+  PrefillRequest job;
   job.token_ids = RandomTokens(1300);
   job.attention.enabled = true;
   job.attention.gamma = 0.3f;
   job.attention.floor_tokens = 256;
   job.attention.dense_below_tokens = 0;
   job.attention.dense_above_density = 1.0f;
-  FakeSink first, second;
-  ASSERT_OK_AND_ASSIGN(const PrefillResult a, test.engine->RunPrefill(job, first));
-  ASSERT_OK_AND_ASSIGN(const PrefillResult b, test.engine->RunPrefill(job, second));
+  KvCollector first, second;
+  ASSERT_OK_AND_ASSIGN(const PrefillResult a, first.Run(*test.engine, job));
+  ASSERT_OK_AND_ASSIGN(const PrefillResult b, second.Run(*test.engine, job));
   EXPECT_LT(a.layer_density[0], 0.9f);
   EXPECT_EQ(AllKv(test, second), AllKv(test, first));
   EXPECT_EQ(b.layer_density, a.layer_density);
@@ -244,10 +232,10 @@ TEST_F(EngineRunTest, SparseRequestsRepeatToo) {
 TEST_F(EngineRunTest, DenseResultsDependNeitherOnChunkSizeNorOnThreads) {
   std::vector<float> whole;
   SampledToken whole_token;
-  for (const auto& [chunk_tokens, threads] : std::vector<std::pair<int64_t, int32_t>>{
+  for (const auto& [piece_tokens, threads] : std::vector<std::pair<int64_t, int32_t>>{
            {2048, 2}, {512, 2}, {128, 2}, {2048, 1}, {512, 5}}) {
-    ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}, chunk_tokens, threads));
-    FakeSink sink;
+    ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}, piece_tokens, threads));
+    KvCollector sink;
     ASSERT_OK_AND_ASSIGN(const PrefillResult result, Run(test, 1500, sink));
     const std::vector<std::byte> bytes = AllKv(test, sink);
     std::vector<float> kv(bytes.size() / sizeof(float));
@@ -258,7 +246,7 @@ TEST_F(EngineRunTest, DenseResultsDependNeitherOnChunkSizeNorOnThreads) {
     }
     EXPECT_TRUE(
         testing::TensorsMatch(kv, whole, {.abs = 1e-4, .rel = 1e-4, .min_cosine = 1 - 1e-9}))
-        << chunk_tokens << " tokens a chunk, " << threads << " threads";
+        << piece_tokens << " tokens a chunk, " << threads << " threads";
     EXPECT_EQ(result.first_token.id, whole_token.id);
     EXPECT_NEAR(result.first_token.logprob, whole_token.logprob, 1e-4);
   }
@@ -266,15 +254,15 @@ TEST_F(EngineRunTest, DenseResultsDependNeitherOnChunkSizeNorOnThreads) {
 
 TEST_F(EngineRunTest, FullBudgetEqualsDenseBitForBit) {
   ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}, 512));
-  FakeSink dense;
+  KvCollector dense;
   ASSERT_OK(Run(test, 1000, dense));
-  PrefillJob job;
+  PrefillRequest job;
   job.token_ids = RandomTokens(1000);
   job.attention.enabled = true;
   job.attention.gamma = 1.0f;
   job.attention.dense_below_tokens = 0;
-  FakeSink full;
-  ASSERT_OK(test.engine->RunPrefill(job, full));
+  KvCollector full;
+  ASSERT_OK(full.Run(*test.engine, job));
   EXPECT_EQ(AllKv(test, full), AllKv(test, dense));
 }
 
@@ -282,7 +270,7 @@ TEST_F(EngineRunTest, DenseLayersStayDense) {
   TinyModelOptions model;
   model.num_layers = 3;
   ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine(model));
-  PrefillJob job;
+  PrefillRequest job;
   job.token_ids = RandomTokens(1300);
   job.attention.enabled = true;
   job.attention.gamma = 0.3f;
@@ -290,8 +278,8 @@ TEST_F(EngineRunTest, DenseLayersStayDense) {
   job.attention.dense_below_tokens = 0;
   job.attention.dense_above_density = 1.0f;
   job.attention.dense_layers = {1};
-  FakeSink sink;
-  ASSERT_OK_AND_ASSIGN(const PrefillResult result, test.engine->RunPrefill(job, sink));
+  KvCollector sink;
+  ASSERT_OK_AND_ASSIGN(const PrefillResult result, sink.Run(*test.engine, job));
   EXPECT_LT(result.layer_density[0], 0.9f);
   EXPECT_EQ(result.layer_density[1], 1.0f);
 }
@@ -309,11 +297,11 @@ class PredictedBlocksTest : public EngineRunTest {
     job_.attention.dense_tail_blocks = 0;
   }
   absl::StatusOr<PrefillResult> RunJob(const TestEngine& test) {
-    FakeSink sink;
-    return test.engine->RunPrefill(job_, sink);
+    KvCollector sink;
+    return sink.Run(*test.engine, job_);
   }
 
-  PrefillJob job_;
+  PrefillRequest job_;
 };
 
 TEST_F(PredictedBlocksTest, AreThoseThatRunWhenOnlyBudgetsDecide) {
@@ -357,15 +345,15 @@ TEST_F(PredictedBlocksTest, AreThoseThatRunWithoutBudgets) {
 
 TEST_F(EngineRunTest, SamplesTheFirstToken) {
   ASSERT_OK_AND_ASSIGN(const TestEngine test, MakeEngine({}));
-  PrefillJob job;
+  PrefillRequest job;
   job.token_ids = RandomTokens(50);
   job.sampling.temperature = 1.0f;
   std::set<int32_t> ids;
   for (uint64_t seed = 0; seed < 20; ++seed) {
     job.sampling.seed = seed;
-    FakeSink a, b;
-    ASSERT_OK_AND_ASSIGN(const PrefillResult once, test.engine->RunPrefill(job, a));
-    ASSERT_OK_AND_ASSIGN(const PrefillResult twice, test.engine->RunPrefill(job, b));
+    KvCollector a, b;
+    ASSERT_OK_AND_ASSIGN(const PrefillResult once, a.Run(*test.engine, job));
+    ASSERT_OK_AND_ASSIGN(const PrefillResult twice, b.Run(*test.engine, job));
     EXPECT_EQ(once.first_token.id, twice.first_token.id);
     ids.insert(once.first_token.id);
   }
@@ -377,15 +365,15 @@ TEST_F(EngineRunTest, SamplesTheFirstToken) {
 TEST_F(EngineTest, WarmsUpABackendThatLearnsShapes) {
   ASSERT_OK(testing::WriteTinyModel(dir_.path(), testing::TinyModelOptions()));
   EngineOptions options = Options(dir_.path());
-  options.chunk_tokens = 256;
+  options.piece_tokens = 256;
   for (const bool learns : {false, true}) {
     ASSERT_OK_AND_ASSIGN(auto inner, MakeBackend(options.backend));
     auto backend = std::make_unique<testing::FaultBackend>(std::move(inner));
     if (learns) backend->SetLearnsShapes();
     testing::FaultBackend* const calls = backend.get();
-    ASSERT_OK_AND_ASSIGN(const auto engine, Engine::Create(options, std::move(backend), nullptr));
+    ASSERT_OK_AND_ASSIGN(const auto engine, testing::MakeEngine(options, std::move(backend)));
     EXPECT_EQ(calls->CountCalls("Embed"), learns ? 9 : 0);  // 256, 128, …, 1
-    EXPECT_EQ(engine->block_pool().free_pages(), engine->block_pool().num_pages());
+    EXPECT_EQ(engine->page_pool().free_pages(), engine->page_pool().num_pages());
   }
 }
 

@@ -14,7 +14,7 @@
 namespace headstart {
 namespace {
 
-using testing::FakeSink;
+using testing::KvCollector;
 using testing::TensorsMatch;
 using testing::TinyModelOptions;
 using testing::Tolerance;
@@ -92,13 +92,13 @@ TEST_P(ForwardTest, MatchesReference) {
   ASSERT_OK_AND_ASSIGN(const TestEngine test, TestEngine::Create(engine_options));
   const HeadShape& heads = test.engine->config().heads;
 
-  PrefillJob job;
+  PrefillRequest job;
   job.token_ids = RandomTokens(param.num_tokens);
   job.attention = param.attention;
   ASSERT_OK_AND_ASSIGN(const ReferenceResult expected,
                        RunReference(dir_.path(), job.token_ids, job.attention, param.dtype));
-  FakeSink sink;
-  ASSERT_OK_AND_ASSIGN(const PrefillResult result, test.engine->RunPrefill(job, sink));
+  KvCollector sink;
+  ASSERT_OK_AND_ASSIGN(const PrefillResult result, sink.Run(*test.engine, job));
 
   // fp32: a few hundred roundings in sums of up to 96 terms. bf16: each activation is rounded to 8
   // bits, at other places than in the reference where sums differ in the last bit.

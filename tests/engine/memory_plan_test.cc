@@ -1,10 +1,11 @@
-#include "engine/model/memory_plan.h"
+#include "engine/memory_plan.h"
 
 #include <gtest/gtest.h>
 
 #include "engine/engine.h"
 #include "kernels/base/status_macros.h"
 #include "tests/testing/fault_backend.h"
+#include "tests/testing/kv_collector.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/temp_dir.h"
 #include "tests/testing/tiny_model.h"
@@ -20,7 +21,7 @@ TEST(MemoryPlanTest, KnowsLlama31) {
   config.intermediate_size = 14336;
   config.vocab_size = 128256;
   config.max_positions = 131072;
-  const MemoryPlan plan = PlanMemory(config, DType::kBF16, 8192, 131072);
+  const MemoryPlan plan = PlanMemory(config, DType::kBF16, 8192, 131072, 16);
   // 8.03 billion parameters, two bytes each but for the norms.
   const int64_t norms = (2 * 32 + 1) * 4096;
   EXPECT_EQ(plan.weight_bytes, 2 * (int64_t{8'030'261'248} - norms) + 4 * norms);
@@ -33,7 +34,7 @@ TEST(MemoryPlanTest, PoolIsWholePages) {
   ModelConfig config;
   config.num_layers = 1;
   config.heads = {.num_heads = 1, .num_kv_heads = 1, .head_dim = 2};
-  EXPECT_EQ(PlanMemory(config, DType::kF32, 128, 129).kv_pool_bytes, 2 * 128 * 2 * 2 * 4);
+  EXPECT_EQ(PlanMemory(config, DType::kF32, 128, 129, 1).kv_pool_bytes, 2 * 128 * 2 * 2 * 4);
 }
 
 // What an engine allocates outside of weights is what the plan says.
@@ -54,12 +55,11 @@ TEST(MemoryPlanTest, CountsWhatTheEngineAllocates) {
   EngineOptions options;
   options.model_dir = dir.path();
   options.kv_pool_tokens = 1000;
-  options.chunk_tokens = 256;
-  ASSERT_OK_AND_ASSIGN(const auto engine, Engine::Create(options, std::move(backend), nullptr));
-  const MemoryPlan plan = PlanMemory(engine->config(), DType::kF32, 256, 1000);
-  const int64_t page_table = 8 * 4;
+  options.piece_tokens = 256;
+  ASSERT_OK_AND_ASSIGN(const auto engine, testing::MakeEngine(options, std::move(backend)));
+  const MemoryPlan plan = PlanMemory(engine->config(), DType::kF32, 256, 1000, 16);
   const int64_t rope_table = 1024 * 32 * 4;  // made by PrepareRope
-  EXPECT_EQ(allocated, plan.kv_pool_bytes + plan.workspace_bytes - rope_table + page_table);
+  EXPECT_EQ(allocated, plan.kv_pool_bytes + plan.workspace_bytes - rope_table);
 }
 
 absl::StatusOr<std::unique_ptr<testing::FaultBackend>> BackendWithFreeBytes(int64_t free_bytes) {
@@ -76,23 +76,25 @@ TEST(MemoryPlanTest, RefusesWhatDoesNotFit) {
   EngineOptions options;
   options.model_dir = dir.path();
   ASSERT_OK_AND_ASSIGN(auto roomy, BackendWithFreeBytes(int64_t{1} << 40));
-  ASSERT_OK_AND_ASSIGN(const MemoryPlan plan, Engine::Plan(options, *roomy));
-  EXPECT_GT(plan.scratch_bytes, 0);
+  ASSERT_OK_AND_ASSIGN(const ResolvedModel model,
+                       ResolveModel(options, roomy->compute_dtype(), roomy.get()));
+  EXPECT_GT(model.plan.scratch_bytes, 0);
+  EXPECT_OK(CheckFits(model.plan, *roomy));
 
-  ASSERT_OK_AND_ASSIGN(auto exact, BackendWithFreeBytes(plan.total_bytes()));
-  EXPECT_OK(Engine::Plan(options, *exact));
+  ASSERT_OK_AND_ASSIGN(auto exact, BackendWithFreeBytes(model.plan.total_bytes()));
+  EXPECT_OK(CheckFits(model.plan, *exact));
 
-  ASSERT_OK_AND_ASSIGN(auto tight, BackendWithFreeBytes(plan.total_bytes() - 1234));
+  ASSERT_OK_AND_ASSIGN(auto tight, BackendWithFreeBytes(model.plan.total_bytes() - 1234));
   const auto refused = testing::StatusIs(absl::StatusCode::kResourceExhausted,
                                          ::testing::HasSubstr("1234 are missing"));
-  EXPECT_THAT(Engine::Plan(options, *tight), refused);
+  EXPECT_THAT(CheckFits(model.plan, *tight), refused);
   testing::FaultBackend* const calls = tight.get();
   int64_t allocations = 0;
   calls->SetHook([&allocations](const testing::BackendCall& call) {
     allocations += call.op == "Allocate";
     return absl::OkStatus();
   });
-  EXPECT_THAT(Engine::Create(options, std::move(tight), nullptr), refused);
+  EXPECT_THAT(testing::MakeEngine(options, std::move(tight)), refused);
   EXPECT_EQ(allocations, 0);
 }
 

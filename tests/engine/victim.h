@@ -15,6 +15,8 @@
 
 #include "engine/engine.h"
 #include "engine/stopwatch.h"
+#include "kernels/base/status_macros.h"
+#include "tests/testing/kv_collector.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/temp_dir.h"
 #include "tests/testing/tiny_model.h"
@@ -127,7 +129,8 @@ inline absl::Status Load(const std::string& dir) {
   options.model_dir = dir;
   options.backend.dtype = ComputeDType::kF32;
   options.backend.num_threads = 1;
-  return Engine::Create(options, /*progress=*/nullptr).status();
+  HEADSTART_ASSIGN_OR_RETURN(auto backend, MakeBackend(options.backend));
+  return testing::MakeEngine(options, std::move(backend)).status();
 }
 
 class HostileModelTest : public ::testing::TestWithParam<Case> {

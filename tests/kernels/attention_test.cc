@@ -75,42 +75,30 @@ class AttentionTest
   const HeadShape& heads() const { return shape().heads; }
   int64_t end() const { return shape().first_position + shape().rows; }
 
-  // Runs the chunk on `backend`; selected: over the blocks of its last SelectBlocks.
-  HostMatrix Run(bool selected) {
-    const DeviceMatrix q = Put(q_, dtype());
-    const DeviceKv kv = PutKv(kv_, heads(), end());
-    return Run(q, kv, selected);
-  }
-  HostMatrix Run(const DeviceMatrix& q, const DeviceKv& kv, bool selected) {
+  struct Result {
+    HostMatrix out;
+    BlockSelection selection;  // with options
+    BlockCounts counts;
+  };
+  // Runs the chunk, dense without options.
+  Result Run(const DeviceMatrix& q, const DeviceKv& kv, const ProxyAttnOptions* options,
+             bool ends_prompt = false) {
+    Result result;
     const DeviceMatrix out = NewMatrix(q_.rows, q_.cols, dtype());
-    AttentionArgs args;
-    args.q = q.view;
-    args.first_position = shape().first_position;
-    args.kv = kv.view;
-    args.selected = selected;
-    args.out = out.view;
-    backend_->ResetStats(1);
-    EXPECT_OK(backend_->Attention(args));
-    ExpectPaddingUntouched(out);
-    return Get(out.view);
-  }
-
-  // Runs SelectBlocks and returns what it kept.
-  BlockSelection Select(const DeviceMatrix& q, const DeviceKv& kv, const ProxyAttnOptions& options,
-                        bool ends_prompt) {
     const Buffer budget_ratio = PutFloats(*backend_, std::vector<float>(heads().num_heads));
-    SelectArgs args;
-    args.q = q.view;
-    args.first_position = shape().first_position;
-    args.kv = kv.view;
-    args.ends_prompt = ends_prompt;
-    args.options = &options;
-    args.budget_ratio = static_cast<float*>(budget_ratio.data());
-    backend_->ResetStats(1);
-    EXPECT_OK(backend_->SelectBlocks(args));
-    auto selection = backend_->ReadSelection();
-    EXPECT_OK(selection);
-    return *std::move(selection);
+    const Buffer counts = NewCounts(*backend_);
+    AttentionSequence sequence;
+    sequence.rows = {0, q_.rows, shape().first_position, kv.table()};
+    sequence.proxy_attn = options;
+    sequence.ends_prompt = ends_prompt;
+    sequence.budget_ratio = static_cast<float*>(budget_ratio.data());
+    sequence.counts = static_cast<BlockCounts*>(counts.data());
+    if (options != nullptr) sequence.selection = &result.selection;
+    EXPECT_OK(backend_->Attention({q.view, out.view, kv.view, {&sequence, 1}}));
+    ExpectPaddingUntouched(out);
+    result.out = Get(out.view);
+    result.counts = GetCounts(*backend_, counts);
+    return result;
   }
 
   void ExpectReference(const HostMatrix& actual, const BlockSelection* selection) {
@@ -195,7 +183,18 @@ INSTANTIATE_TEST_SUITE_P(All, DenseAttentionTest,
                                             ::testing::ValuesIn(DenseShapes())),
                          CaseName);
 
-TEST_P(DenseAttentionTest, MatchesTheReference) { ExpectReference(Run(false), nullptr); }
+TEST_P(DenseAttentionTest, MatchesTheReference) {
+  const DeviceMatrix q = Put(q_, dtype());
+  const DeviceKv kv = PutKv(kv_, heads(), end());
+  const Result result = Run(q, kv, nullptr);
+  ExpectReference(result.out, nullptr);
+  const int64_t first = shape().first_position / kBlockTokens, blocks = NumBlocks(end());
+  const auto causal =
+      static_cast<uint64_t>(heads().num_heads * (blocks * (blocks + 1) - first * (first + 1)) / 2);
+  EXPECT_EQ(result.counts.executed_blocks, causal);
+  EXPECT_EQ(result.counts.causal_blocks, causal);
+  EXPECT_EQ(result.counts.dense_fallbacks, 0);
+}
 
 ProxyAttnOptions SparseOptions(const HeadShape& heads) {
   ProxyAttnOptions options;
@@ -227,42 +226,47 @@ INSTANTIATE_TEST_SUITE_P(All, SparseAttentionTest,
 TEST_P(SparseAttentionTest, SeesTheKeptBlocksOnly) {
   const DeviceMatrix q = Put(q_, dtype());
   const DeviceKv kv = PutKv(kv_, heads(), end());
-  const BlockSelection selection = Select(q, kv, SparseOptions(heads()), false);
-  ExpectReference(Run(q, kv, true), &selection);
+  const ProxyAttnOptions options = SparseOptions(heads());
+  const Result result = Run(q, kv, &options);
+  ExpectReference(result.out, &result.selection);
 }
 
 TEST_P(SparseAttentionTest, CountsTheBlocksThatItRan) {
   const DeviceMatrix q = Put(q_, dtype());
   const DeviceKv kv = PutKv(kv_, heads(), end());
-  const BlockSelection selection = Select(q, kv, SparseOptions(heads()), true);
-  Run(q, kv, true);
-  auto stats = backend_->ReadStats();
-  ASSERT_OK(stats);
-  int64_t kept = 0;
-  for (const int32_t count : selection.counts) kept += count;
-  EXPECT_EQ(stats->layers[0].executed_blocks, kept);
-  EXPECT_EQ(stats->layers[0].causal_blocks, heads().num_heads * selection.RankingStride());
+  const ProxyAttnOptions options = SparseOptions(heads());
+  const Result result = Run(q, kv, &options, /*ends_prompt=*/true);
+  uint64_t kept = 0;
+  for (const int32_t count : result.selection.counts) kept += static_cast<uint64_t>(count);
+  EXPECT_EQ(result.counts.executed_blocks, kept);
+  EXPECT_EQ(result.counts.causal_blocks, heads().num_heads * result.selection.RankingStride());
 }
 
-TEST_P(SparseAttentionTest, FullBudgetEqualsDenseBitForBit) {
+// A budget of everything, or a rule that needs no scores.
+TEST_P(SparseAttentionTest, AllBlocksEqualDenseBitForBit) {
   const DeviceMatrix q = Put(q_, dtype());
   const DeviceKv kv = PutKv(kv_, heads(), end());
-  const HostMatrix dense = Run(q, kv, false);
-  ProxyAttnOptions options = SparseOptions(heads());
-  options.forced_density = 0;
-  options.gamma = 1;
-  options.dense_above_density = 1;
-  const BlockSelection selection = Select(q, kv, options, false);
-  EXPECT_FALSE(selection.dense_fallback);
-  for (int64_t m = selection.first_row; m < selection.first_row + selection.num_rows; ++m) {
-    for (int32_t h = 0; h < selection.num_heads; ++h) ASSERT_EQ(selection.Count(h, m), m + 1);
-  }
-  const HostMatrix full = Run(q, kv, true);
-  // A few rows may take the way of a decode when dense; a selection never does.
-  if (shape().rows > 4) {
-    EXPECT_EQ(full.values, dense.values);
-  } else {
-    ExpectReference(full, nullptr);
+  const HostMatrix dense = Run(q, kv, nullptr).out;
+  ProxyAttnOptions full_budget = SparseOptions(heads());
+  full_budget.forced_density = 0;
+  full_budget.gamma = 1;
+  full_budget.dense_above_density = 1;
+  ProxyAttnOptions by_rule = SparseOptions(heads());
+  by_rule.dense_below_tokens = static_cast<int32_t>(end());
+  for (const ProxyAttnOptions* options : {&full_budget, &by_rule}) {
+    const Result full = Run(q, kv, options);
+    EXPECT_FALSE(full.selection.dense_fallback);
+    for (int64_t m = full.selection.first_row; m < NumBlocks(end()); ++m) {
+      for (int32_t h = 0; h < heads().num_heads; ++h) {
+        ASSERT_EQ(full.selection.Count(h, m), m + 1);
+      }
+    }
+    // A few rows may take the way of a decode when dense; with proxy_attn they never do.
+    if (shape().rows > 4) {
+      EXPECT_EQ(full.out.values, dense.values);
+    } else {
+      ExpectReference(full.out, nullptr);
+    }
   }
 }
 
@@ -277,27 +281,13 @@ INSTANTIATE_TEST_SUITE_P(All, RepeatTest,
 TEST_P(RepeatTest, RepeatsBitForBit) {
   const DeviceMatrix q = Put(q_, dtype());
   const DeviceKv kv = PutKv(kv_, heads(), end());
-  Select(q, kv, SparseOptions(heads()), false);
-  const std::vector<float> sparse = Run(q, kv, true).values;
-  const std::vector<float> dense = Run(q, kv, false).values;
+  const ProxyAttnOptions options = SparseOptions(heads());
+  const std::vector<float> sparse = Run(q, kv, &options).out.values;
+  const std::vector<float> dense = Run(q, kv, nullptr).out.values;
   for (int i = 0; i < 20; ++i) {
-    ASSERT_EQ(Run(q, kv, true).values, sparse) << "repeat " << i;
-    ASSERT_EQ(Run(q, kv, false).values, dense) << "repeat " << i;
+    ASSERT_EQ(Run(q, kv, &options).out.values, sparse) << "repeat " << i;
+    ASSERT_EQ(Run(q, kv, nullptr).out.values, dense) << "repeat " << i;
   }
-}
-
-TEST_P(SparseAttentionTest, RefusesASelectionOfAnotherChunk) {
-  const DeviceMatrix q = Put(q_, dtype());
-  const DeviceKv kv = PutKv(kv_, heads(), end() + kBlockTokens);
-  Select(q, kv, SparseOptions(heads()), false);
-  const DeviceMatrix out = NewMatrix(q_.rows, q_.cols, dtype());
-  AttentionArgs args;
-  args.q = q.view;
-  args.first_position = shape().first_position + kBlockTokens;
-  args.kv = kv.view;
-  args.selected = true;
-  args.out = out.view;
-  EXPECT_THAT(backend_->Attention(args), StatusIs(absl::StatusCode::kInvalidArgument));
 }
 
 // Chunks of a dense prompt give what the whole prompt gives, and every number of threads gives the
@@ -323,15 +313,11 @@ TEST_P(DenseInvarianceTest, DependsOnNeitherChunksNorThreads) {
     const DeviceKv kv = PutKv(kv_rows, kHeads, kTokens);
     for (const int64_t chunk : {kTokens, int64_t{128}, int64_t{300}}) {
       const DeviceMatrix out = NewMatrix(kTokens, q_rows.cols, dtype());
-      backend_->ResetStats(1);
       for (int64_t begin = 0; begin < kTokens; begin += chunk) {
         const int64_t rows = std::min(chunk, kTokens - begin);
-        AttentionArgs args;
-        args.q = q.view.Rows(begin, rows);
-        args.first_position = begin;
-        args.kv = kv.view;
-        args.out = out.view.Rows(begin, rows);
-        ASSERT_OK(backend_->Attention(args));
+        AttentionSequence sequence;
+        sequence.rows = {begin, rows, begin, kv.table()};
+        ASSERT_OK(backend_->Attention({q.view, out.view, kv.view, {&sequence, 1}}));
       }
       const std::vector<float> got = Get(out.view).values;
       if (expected.empty()) expected = got;

@@ -24,7 +24,6 @@ class CpuScratchTest : public BackendTest, public ::testing::WithParamInterface<
     options.dtype = GetParam();
     options.num_threads = 2;
     ASSERT_OK_AND_ASSIGN(backend_, MakeBackend(options));
-    backend_->ResetStats(1);
     ratio_ = PutFloats(*backend_, std::vector<float>(kHeads.num_heads));
   }
 
@@ -41,28 +40,16 @@ class CpuScratchTest : public BackendTest, public ::testing::WithParamInterface<
     options.enabled = true;
     options.num_proxies = kHeads.num_heads;
     options.dense_below_tokens = 0;
-    SelectArgs select;
-    select.q = q.view;
-    select.first_position = num_tokens - rows;
-    select.kv = kv.view;
-    select.options = &options;
-    select.budget_ratio = static_cast<float*>(ratio_.data());
-    AttentionArgs attention;
-    attention.q = q.view;
-    attention.first_position = num_tokens - rows;
-    attention.kv = kv.view;
-    attention.selected = true;
-    attention.out = out.view;
-    AttentionArgs last = attention;
-    last.q = q.view.Rows(rows - 4, 4);
-    last.first_position = num_tokens - 4;
-    last.selected = false;
-    last.out = out.view.Rows(rows - 4, 4);
+    AttentionSequence sparse;
+    sparse.rows = {0, rows, num_tokens - rows, kv.table()};
+    sparse.proxy_attn = &options;
+    sparse.budget_ratio = static_cast<float*>(ratio_.data());
+    AttentionSequence last;
+    last.rows = {rows - 4, 4, num_tokens - 4, kv.table()};
 
     const int64_t before = BytesInUse();
-    EXPECT_OK(backend_->SelectBlocks(select));
-    EXPECT_OK(backend_->Attention(attention));
-    EXPECT_OK(backend_->Attention(last));
+    EXPECT_OK(backend_->Attention({q.view, out.view, kv.view, {&sparse, 1}}));
+    EXPECT_OK(backend_->Attention({q.view, out.view, kv.view, {&last, 1}}));
     return BytesInUse() - before;
   }
 

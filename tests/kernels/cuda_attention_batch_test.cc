@@ -11,8 +11,8 @@
 namespace headstart::testing {
 namespace {
 
+using cuda::AttendedSequence;
 using cuda::AttentionParams;
-using cuda::AttentionSequence;
 using cuda::KeptBlocks;
 
 struct Shape {
@@ -45,13 +45,11 @@ class CudaAttentionBatchTest : public BackendTest, public ::testing::WithParamIn
     heads_ = heads;
     int64_t rows = 0, blocks = 0;
     for (const Shape& shape : shapes) {
-      AttentionSequence sequence;
-      sequence.first_row = rows + kGap;
-      sequence.rows = shape.rows;
-      sequence.first_position = shape.first_position;
+      AttendedSequence sequence;
+      sequence.rows = {rows + kGap, shape.rows, shape.first_position, nullptr};
       sequences_.push_back(sequence);
       first_block_.push_back(blocks);
-      rows = sequence.first_row + shape.rows;
+      rows = sequence.rows.first_row + shape.rows;
       blocks += NumBlocks(shape.first_position + shape.rows);
     }
     q_ = Put(RandomMatrix(rows, int64_t{heads.num_heads} * heads.head_dim, 1, dtype()), dtype());
@@ -61,14 +59,14 @@ class CudaAttentionBatchTest : public BackendTest, public ::testing::WithParamIn
         {RandomMatrix(tokens, kv_cols, 2, dtype()), RandomMatrix(tokens, kv_cols, 3, dtype())},
         heads, tokens);
     for (size_t i = 0; i < sequences_.size(); ++i) {
-      sequences_[i].page_table = kv_.view.page_table + first_block_[i];
+      sequences_[i].rows.page_table = kv_.table() + first_block_[i];
     }
   }
 
   // Keeps the diagonal, block 0 and the blocks between that `step` divides, the same for all heads.
-  void KeepBlocks(AttentionSequence& sequence, int64_t step) {
-    const int64_t first = sequence.first_position / kBlockTokens;
-    const int64_t end = NumBlocks(sequence.first_position + sequence.rows);
+  void KeepBlocks(AttendedSequence& sequence, int64_t step) {
+    const int64_t first = sequence.rows.first_position / kBlockTokens;
+    const int64_t end = NumBlocks(sequence.rows.first_position + sequence.rows.num_rows);
     const int64_t head_stride = (end * (end + 1) - first * (first + 1)) / 2;
     std::vector<uint16_t> lists(heads_.num_heads * head_stride);
     std::vector<int32_t> counts;
@@ -89,7 +87,7 @@ class CudaAttentionBatchTest : public BackendTest, public ::testing::WithParamIn
   }
 
   // The output of one launch over `sequences`; NaN where nothing was written.
-  std::vector<uint16_t> Run(absl::Span<const AttentionSequence> sequences) {
+  std::vector<uint16_t> Run(absl::Span<const AttendedSequence> sequences) {
     const DeviceMatrix out = NewMatrix(q_.view.rows, q_.view.cols, dtype());
     AttentionParams params{};
     params.q = q_.view.data;
@@ -115,9 +113,10 @@ class CudaAttentionBatchTest : public BackendTest, public ::testing::WithParamIn
   void ExpectTheSameAlone() {
     const std::vector<uint16_t> together = Run(sequences_);
     std::vector<uint16_t> alone(together.size(), 0xffff);
-    for (const AttentionSequence& sequence : sequences_) {
+    for (const AttendedSequence& sequence : sequences_) {
       const std::vector<uint16_t> own = Run({&sequence, 1});
-      for (int64_t r = sequence.first_row; r < sequence.first_row + sequence.rows; ++r) {
+      const SequenceRows& rows = sequence.rows;
+      for (int64_t r = rows.first_row; r < rows.first_row + rows.num_rows; ++r) {
         const int64_t at = r * q_.view.row_stride;
         ASSERT_TRUE(std::none_of(&own[at], &own[at + q_.view.cols],
                                  [](uint16_t bits) { return bits == 0xffff; }))
@@ -131,7 +130,7 @@ class CudaAttentionBatchTest : public BackendTest, public ::testing::WithParamIn
   cudaDeviceProp device_{};
   Buffer counter_;
   HeadShape heads_;
-  std::vector<AttentionSequence> sequences_;
+  std::vector<AttendedSequence> sequences_;
   std::vector<int64_t> first_block_;
   std::vector<Buffer> memory_;  // of lists and counts
   DeviceMatrix q_;
@@ -154,15 +153,36 @@ TEST_P(CudaAttentionBatchTest, SelectedAndDenseSequences) {
   ExpectTheSameAlone();
 }
 
+// Dense sequences add what they come to, each to its own counts; selected ones nothing.
+TEST_P(CudaAttentionBatchTest, CountsTheBlocksOfDenseSequences) {
+  Make({8, 2, GetParam()}, {{0, 300}, {77, 51}, {1024, 700}});
+  KeepBlocks(sequences_[2], 3);
+  std::vector<Buffer> counts;
+  for (AttendedSequence& sequence : sequences_) {
+    counts.push_back(NewCounts(*backend_));
+    sequence.counts = static_cast<BlockCounts*>(counts.back().data());
+  }
+  sequences_[2].counts = nullptr;
+  Run(sequences_);
+  Run(sequences_);
+  const uint64_t expected[] = {2 * 8 * (1 + 2 + 3), 2 * 8 * 1, 0};
+  for (size_t i = 0; i < counts.size(); ++i) {
+    const BlockCounts got = GetCounts(*backend_, counts[i]);
+    EXPECT_EQ(got.executed_blocks, expected[i]) << i;
+    EXPECT_EQ(got.causal_blocks, expected[i]) << i;
+    EXPECT_EQ(got.dense_fallbacks, 0) << i;
+  }
+}
+
 TEST_P(CudaAttentionBatchTest, AsManySequencesAsALaunchTakes) {
   std::vector<Shape> shapes;
-  for (int64_t i = 0; i < cuda::kMaxAttentionSequences; ++i) shapes.push_back({i * 128, 64 + i});
+  for (int64_t i = 0; i < cuda::kMaxSequences; ++i) shapes.push_back({i * 128, 64 + i});
   Make({4, 2, GetParam()}, shapes);
   ExpectTheSameAlone();
   AttentionParams params{};
   params.kv = kv_.view;
   params.sequences = sequences_.data();
-  for (const int refused : {0, cuda::kMaxAttentionSequences + 1}) {
+  for (const int refused : {0, cuda::kMaxSequences + 1}) {
     params.num_sequences = refused;
     EXPECT_EQ(cuda::LaunchAttention(params, nullptr), cudaErrorInvalidValue) << refused;
   }

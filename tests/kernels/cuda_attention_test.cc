@@ -43,15 +43,28 @@ class CudaAttentionTest : public BackendTest {
     chunk.kv = {RandomMatrix(end, kv_cols, 2, dtype()), RandomMatrix(end, kv_cols, 3, dtype())};
     chunk.device_q = Put(chunk.q, dtype());
     chunk.device_kv = PutKv(chunk.kv, heads, end);
-    backend_->ResetStats(1);
     return chunk;
   }
 
-  DeviceMatrix Run(const Chunk& chunk, int64_t first_position, bool selected) {
+  // Dense without options. What a selection keeps is in selection_ where `read` says so: without,
+  // nothing waits between selection and attention.
+  DeviceMatrix Run(const Chunk& chunk, int64_t first_position,
+                   const ProxyAttnOptions* options = nullptr, bool ends_prompt = false,
+                   bool read = false) {
     DeviceMatrix out = NewMatrix(chunk.q.rows, chunk.q.cols, dtype());
-    const absl::Status status = backend_->Attention(
-        {chunk.device_q.view, first_position, chunk.device_kv.view, 0, selected, out.view});
-    EXPECT_OK(status);
+    const Buffer budget_ratio =
+        PutFloats(*backend_, std::vector<float>(chunk.device_kv.view.shape.num_heads));
+    const Buffer counts = NewCounts(*backend_);
+    AttentionSequence sequence;
+    sequence.rows = {0, chunk.q.rows, first_position, chunk.device_kv.table()};
+    sequence.proxy_attn = options;
+    sequence.ends_prompt = ends_prompt;
+    sequence.budget_ratio = static_cast<float*>(budget_ratio.data());
+    sequence.counts = static_cast<BlockCounts*>(counts.data());
+    if (read) sequence.selection = &selection_;
+    EXPECT_OK(
+        backend_->Attention({chunk.device_q.view, out.view, chunk.device_kv.view, {&sequence, 1}}));
+    counts_ = GetCounts(*backend_, counts);
     return out;
   }
 
@@ -82,19 +95,8 @@ class CudaAttentionTest : public BackendTest {
     return options;
   }
 
-  void Select(const Chunk& chunk, const Sequence& sequence, const ProxyAttnOptions& options,
-              bool ends_prompt) {
-    const std::vector<float> zeros(sequence.heads.num_heads);
-    auto ratio = backend_->Allocate(static_cast<int64_t>(zeros.size() * sizeof(float)));
-    ASSERT_OK(ratio);
-    budget_ratio_ = *std::move(ratio);
-    ASSERT_OK(backend_->Upload(zeros.data(), budget_ratio_.bytes(), budget_ratio_.data()));
-    ASSERT_OK(backend_->SelectBlocks({chunk.device_q.view, sequence.first_position,
-                                      chunk.device_kv.view, 0, ends_prompt, &options,
-                                      static_cast<float*>(budget_ratio_.data())}));
-  }
-
-  Buffer budget_ratio_;
+  BlockSelection selection_;
+  BlockCounts counts_;  // of the last Run
 };
 
 std::vector<std::byte> BytesOf(Backend& backend, const DeviceMatrix& matrix) {
@@ -142,7 +144,7 @@ TEST_P(CudaDenseAttentionTest, MatchesTheReference) {
   const Sequence sequence{Heads(group, head_dim), first_position, num_tokens};
   for (const float q_scale : {1.0f, 30.0f}) {
     const Chunk chunk = MakeChunk(sequence, q_scale);
-    const DeviceMatrix out = Run(chunk, first_position, /*selected=*/false);
+    const DeviceMatrix out = Run(chunk, first_position);
     const HostMatrix actual = Get(out.view);
     ExpectRows(chunk, sequence, actual, 0, 5, nullptr);
     ExpectRows(chunk, sequence, actual, num_tokens / 2, 5, nullptr);
@@ -155,9 +157,9 @@ TEST_F(CudaAttentionTest, IsTheSameBitForBitEveryTime) {
   for (const int32_t head_dim : {64, 128}) {
     const Sequence sequence{Heads(4, head_dim), 0, 2049};
     const Chunk chunk = MakeChunk(sequence, 1.0f);
-    const std::vector<std::byte> first = BytesOf(*backend_, Run(chunk, 0, false));
+    const std::vector<std::byte> first = BytesOf(*backend_, Run(chunk, 0));
     for (int i = 0; i < 100; ++i)
-      ASSERT_EQ(first, BytesOf(*backend_, Run(chunk, 0, false))) << "repeat " << i;
+      ASSERT_EQ(first, BytesOf(*backend_, Run(chunk, 0))) << "repeat " << i;
   }
 }
 
@@ -168,12 +170,16 @@ TEST_F(CudaAttentionTest, FullBudgetIsDenseBitForBit) {
       const Chunk chunk = MakeChunk(sequence, 1.0f);
       ProxyAttnOptions options = Options(2, 4);
       options.gamma = 1.0f;
-      Select(chunk, sequence, options, false);
-      const std::vector<std::byte> dense = BytesOf(*backend_, Run(chunk, first_position, false));
-      EXPECT_EQ(dense, BytesOf(*backend_, Run(chunk, first_position, true)));
-      auto stats = backend_->ReadStats();
-      ASSERT_OK(stats);
-      EXPECT_EQ(stats->layers[0].executed_blocks, stats->layers[0].causal_blocks);
+      const std::vector<std::byte> dense = BytesOf(*backend_, Run(chunk, first_position));
+      EXPECT_EQ(dense, BytesOf(*backend_, Run(chunk, first_position, &options)));
+      EXPECT_EQ(counts_.executed_blocks, counts_.causal_blocks);
+      // By rule: lists of all blocks where the selection is wanted, no selection at all without.
+      options.dense_below_tokens = static_cast<int32_t>(first_position + 1500);
+      for (const bool read : {true, false}) {
+        EXPECT_EQ(dense, BytesOf(*backend_, Run(chunk, first_position, &options, false, read)));
+        EXPECT_EQ(counts_.executed_blocks, counts_.causal_blocks);
+        EXPECT_GT(counts_.causal_blocks, 0);
+      }
     }
   }
 }
@@ -196,24 +202,18 @@ TEST_P(CudaSparseAttentionTest, SeesTheSelectedBlocksOnly) {
     ProxyAttnOptions options = Options(/*proxies=*/1, /*stride=*/8);
     options.forced_density = density;
     options.dense_tail_blocks = 1;
-    backend_->ResetStats(1);
-    Select(chunk, sequence, options, /*ends_prompt=*/true);
-    const DeviceMatrix out = Run(chunk, first_position, true);
+    const DeviceMatrix out =
+        Run(chunk, first_position, &options, /*ends_prompt=*/true, /*read=*/true);
     const HostMatrix actual = Get(out.view);
-    auto selection = backend_->ReadSelection();
-    ASSERT_OK(selection);
-    int64_t executed = 0;
-    for (const int32_t count : selection->counts) executed += count;
-    for (int64_t row = 0; row < selection->num_rows; ++row) {
-      const BlockSelection one = RowOf(*selection, selection->first_row + row);
+    uint64_t executed = 0;
+    for (const int32_t count : selection_.counts) executed += static_cast<uint64_t>(count);
+    for (int64_t row = 0; row < selection_.num_rows; ++row) {
+      const BlockSelection one = RowOf(selection_, selection_.first_row + row);
       ExpectRows(chunk, sequence, actual, row * kBlockTokens, 2, &one);
     }
     ExpectPaddingUntouched(out);
-    auto stats = backend_->ReadStats();
-    ASSERT_OK(stats);
-    EXPECT_EQ(stats->layers[0].executed_blocks, executed);
-    EXPECT_EQ(stats->layers[0].causal_blocks,
-              sequence.heads.num_heads * selection->RankingStride());
+    EXPECT_EQ(counts_.executed_blocks, executed);
+    EXPECT_EQ(counts_.causal_blocks, sequence.heads.num_heads * selection_.RankingStride());
   }
 }
 
@@ -223,16 +223,14 @@ TEST_F(CudaAttentionTest, OfEqualScoresTheLowestBlocksAreSeen) {
   const Chunk chunk = MakeChunk(sequence, /*q_scale=*/0.0f);
   ProxyAttnOptions options = Options(/*proxies=*/8, /*stride=*/16);
   options.forced_density = 0.4f;
-  Select(chunk, sequence, options, false);
-  const HostMatrix actual = Get(Run(chunk, sequence.first_position, true).view);
-  auto selection = backend_->ReadSelection();
-  ASSERT_OK(selection);
-  const int64_t last = selection->first_row + selection->num_rows - 1;
-  ASSERT_LT(selection->Count(0, last), last);
-  EXPECT_EQ(selection->Ranking(0, last)[selection->Count(0, last)],
-            selection->Ranking(0, last)[selection->Count(0, last) - 1] + 1);
-  for (int64_t row = 0; row < selection->num_rows; ++row) {
-    const BlockSelection one = RowOf(*selection, selection->first_row + row);
+  const HostMatrix actual =
+      Get(Run(chunk, sequence.first_position, &options, false, /*read=*/true).view);
+  const int64_t last = selection_.first_row + selection_.num_rows - 1;
+  ASSERT_LT(selection_.Count(0, last), last);
+  EXPECT_EQ(selection_.Ranking(0, last)[selection_.Count(0, last)],
+            selection_.Ranking(0, last)[selection_.Count(0, last) - 1] + 1);
+  for (int64_t row = 0; row < selection_.num_rows; ++row) {
+    const BlockSelection one = RowOf(selection_, selection_.first_row + row);
     ExpectRows(chunk, sequence, actual, row * kBlockTokens, 2, &one);
   }
 }
@@ -242,22 +240,10 @@ TEST_F(CudaAttentionTest, SelectedRunsAreTheSameBitForBit) {
   const Chunk chunk = MakeChunk(sequence, 1.0f);
   ProxyAttnOptions options = Options(8, 16);
   options.gamma = 0.5f;
-  Select(chunk, sequence, options, true);
-  const std::vector<std::byte> first = BytesOf(*backend_, Run(chunk, 0, true));
+  const std::vector<std::byte> first = BytesOf(*backend_, Run(chunk, 0, &options, true));
   for (int i = 0; i < 100; ++i) {
-    Select(chunk, sequence, options, true);
-    ASSERT_EQ(first, BytesOf(*backend_, Run(chunk, 0, true))) << "repeat " << i;
+    ASSERT_EQ(first, BytesOf(*backend_, Run(chunk, 0, &options, true))) << "repeat " << i;
   }
-}
-
-TEST_F(CudaAttentionTest, RefusesASelectionOfAnotherChunk) {
-  const Sequence sequence{Heads(4, 128), 0, 256};
-  const Chunk chunk = MakeChunk(sequence, 1.0f);
-  Select(chunk, sequence, Options(1, 4), false);
-  const DeviceMatrix out = NewMatrix(chunk.q.rows, chunk.q.cols, dtype());
-  const absl::Status status = backend_->Attention(
-      {chunk.device_q.view.Rows(0, 128), 0, chunk.device_kv.view, 0, true, out.view.Rows(0, 128)});
-  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
 }
 
 }  // namespace

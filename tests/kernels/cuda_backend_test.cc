@@ -50,8 +50,9 @@ TEST_F(CudaBackendTest, NamesWhatItCannotRun) {
       PutKv({RandomMatrix(128, 192, 1, DType::kBF16), RandomMatrix(128, 192, 2, DType::kBF16)},
             heads, 128);
   const DeviceMatrix q = Put(RandomMatrix(128, 384, 3, DType::kBF16), DType::kBF16);
-  backend_->ResetStats(1);
-  const absl::Status status = backend_->Attention({q.view, 0, kv.view, 0, false, q.view});
+  AttentionSequence sequence;
+  sequence.rows = {0, 128, 0, kv.table()};
+  const absl::Status status = backend_->Attention({q.view, q.view, kv.view, {&sequence, 1}});
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_NE(status.message().find("head_dim 96"), absl::string_view::npos) << status;
 }

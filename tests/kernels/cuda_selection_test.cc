@@ -72,12 +72,16 @@ class CudaSelectionTest : public BackendTest, public ::testing::WithParamInterfa
     auto ratio = backend_->Allocate(static_cast<int64_t>(earlier_ratio.size() * sizeof(float)));
     EXPECT_OK(ratio);
     EXPECT_OK(backend_->Upload(earlier_ratio.data(), ratio->bytes(), ratio->data()));
-    backend_->ResetStats(1);
-    EXPECT_OK(backend_->SelectBlocks({q.view, input.first_position, kv.view, 0, input.ends_prompt,
-                                      &options, static_cast<float*>(ratio->data())}));
-    auto selection = backend_->ReadSelection();
-    EXPECT_OK(selection);
-    return selection.ok() ? *std::move(selection) : BlockSelection();
+    const DeviceMatrix out = NewMatrix(input.q.rows, input.q.cols, DType::kBF16);
+    BlockSelection selection;
+    AttentionSequence sequence;
+    sequence.rows = {0, input.q.rows, input.first_position, kv.table()};
+    sequence.proxy_attn = &options;
+    sequence.ends_prompt = input.ends_prompt;
+    sequence.budget_ratio = static_cast<float*>(ratio->data());
+    sequence.selection = &selection;
+    EXPECT_OK(backend_->Attention({q.view, out.view, kv.view, {&sequence, 1}}));
+    return selection;
   }
 };
 

@@ -31,7 +31,6 @@ Matrix HostView(const Matrix& view, std::vector<std::byte>& memory) {
 KvPages HostView(const DeviceKv& kv, std::vector<std::byte>& memory) {
   KvPages host = kv.view;
   host.pages = memory.data();
-  host.page_table = kv.host_page_table.data();
   return host;
 }
 
@@ -96,23 +95,33 @@ DeviceKv PutKv(Backend& backend, const KvRows& kv, const HeadShape& shape,
 
   std::vector<std::byte> host =
       NanBytes(pool_pages * device.view.page_elements() * DTypeBytes(backend.compute_dtype()));
-  reference::StoreKv(kv, 0, HostView(device, host));
+  reference::StoreKv(kv, 0, HostView(device, host), device.host_page_table.data());
   device.pages = Upload(backend, host.data(), static_cast<int64_t>(host.size()));
   device.page_table =
       Upload(backend, device.host_page_table.data(), blocks * int64_t{sizeof(int32_t)});
   device.view.pages = device.pages.data();
-  device.view.page_table = static_cast<const int32_t*>(device.page_table.data());
   return device;
 }
 
 KvRows GetKv(Backend& backend, const DeviceKv& kv, int64_t num_tokens) {
   std::vector<std::byte> host(kv.pages.bytes());
   HEADSTART_CHECK(backend.Download(kv.pages.data(), host.size(), host.data()).ok());
-  return reference::LoadKv(HostView(kv, host), num_tokens);
+  return reference::LoadKv(HostView(kv, host), kv.host_page_table.data(), num_tokens);
 }
 
 Buffer PutFloats(Backend& backend, const std::vector<float>& values) {
   return Upload(backend, values.data(), static_cast<int64_t>(values.size() * sizeof(float)));
+}
+
+Buffer NewCounts(Backend& backend) {
+  const BlockCounts zeros;
+  return Upload(backend, &zeros, sizeof(zeros));
+}
+
+BlockCounts GetCounts(Backend& backend, const Buffer& counts) {
+  BlockCounts host;
+  HEADSTART_CHECK(backend.Download(counts.data(), sizeof(host), &host).ok());
+  return host;
 }
 
 }  // namespace headstart::testing

@@ -29,6 +29,8 @@ struct DeviceKv {
   Buffer page_table;
   KvPages view;
   std::vector<int32_t> host_page_table;
+
+  const int32_t* table() const { return static_cast<const int32_t*>(page_table.data()); }
 };
 
 // These end the process when the backend fails: they are no part of what is tested.
@@ -39,5 +41,7 @@ HostMatrix GetMatrix(Backend& backend, const Matrix& matrix);
 DeviceKv PutKv(Backend& backend, const KvRows& kv, const HeadShape& shape, int64_t capacity_tokens);
 KvRows GetKv(Backend& backend, const DeviceKv& kv, int64_t num_tokens);
 Buffer PutFloats(Backend& backend, const std::vector<float>& values);
+Buffer NewCounts(Backend& backend);  // one BlockCounts of zeros
+BlockCounts GetCounts(Backend& backend, const Buffer& counts);
 
 }  // namespace headstart::testing

@@ -4,6 +4,7 @@
 // Usage: proxy_attn_dump IMPLEMENTATION < cases > results
 // IMPLEMENTATION: "Reference", or a name out of BackendsUnderTest(). Exit code 77: not on this
 // machine.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <memory>
@@ -123,22 +124,24 @@ absl::Status RunBackend(Backend& backend, const Case& c) {
   }
   const DeviceMatrix q = PutMatrix(backend, c.q, c.dtype);
   const Buffer budget_ratio = PutFloats(backend, std::vector<float>(c.shape.num_heads));
-  backend.ResetStats(c.layer + 1);
+  const DeviceMatrix out = NewMatrix(backend, c.q.rows, c.q.cols, c.dtype);
+  // Attention knows no layers: where one is dense, its caller says so.
+  ProxyAttnOptions options = c.options;
+  const auto& dense = options.dense_layers;
+  if (std::find(dense.begin(), dense.end(), c.layer) != dense.end()) options.enabled = false;
   int64_t begin = 0;
   for (const int32_t end : c.chunk_ends) {
     // Keys that are still to come are NaN.
     const KvRows keys{Rows(c.k, 0, end), Rows(c.k, 0, end)};
     const DeviceKv kv = PutKv(backend, keys, c.shape, c.chunk_ends.back());
-    SelectArgs args;
-    args.q = q.view.Rows(begin, end - begin);
-    args.first_position = begin;
-    args.kv = kv.view;
-    args.layer = c.layer;
-    args.ends_prompt = c.ends_prompt && end == c.chunk_ends.back();
-    args.options = &c.options;
-    args.budget_ratio = static_cast<float*>(budget_ratio.data());
-    HEADSTART_RETURN_IF_ERROR(backend.SelectBlocks(args));
-    HEADSTART_ASSIGN_OR_RETURN(const BlockSelection selection, backend.ReadSelection());
+    BlockSelection selection;
+    AttentionSequence sequence;
+    sequence.rows = {begin, end - begin, begin, kv.table()};
+    sequence.proxy_attn = &options;
+    sequence.ends_prompt = c.ends_prompt && end == c.chunk_ends.back();
+    sequence.budget_ratio = static_cast<float*>(budget_ratio.data());
+    sequence.selection = &selection;
+    HEADSTART_RETURN_IF_ERROR(backend.Attention({q.view, out.view, kv.view, {&sequence, 1}}));
     WriteSelection(selection);
     begin = end;
   }

@@ -109,19 +109,18 @@ TEST(ReferenceOpsTest, KvLivesWhereThePageTableSays) {
   pages.dtype = DType::kF32;
   pages.shape = {2, 2, 16};
   const std::vector<int32_t> table = {1, 0};
-  pages.page_table = table.data();
   std::vector<float> memory(2 * pages.page_elements(), -1);
   pages.pages = memory.data();
   KvRows rows{HostMatrix(2, 32), HostMatrix(2, 32)};
   std::iota(rows.k.values.begin(), rows.k.values.end(), 100.0f);
   std::iota(rows.v.values.begin(), rows.v.values.end(), 500.0f);
-  StoreKv(rows, 127, pages);  // the last token of page 1, the first of page 0
+  StoreKv(rows, 127, pages, table.data());  // the last token of page 1, the first of page 0
   const int64_t head = kBlockTokens * 16;
   EXPECT_EQ(memory[pages.page_elements() + 127 * 16], 100);             // K, head 0
   EXPECT_EQ(memory[pages.page_elements() + head + 127 * 16 + 3], 119);  // K, head 1
   EXPECT_EQ(memory[pages.page_elements() + pages.plane_elements() + 127 * 16 + 15], 515);  // V
   EXPECT_EQ(memory[0], 132);  // token 128
-  EXPECT_EQ(LoadKv(pages, 129).v.Row(128)[31], 563);
+  EXPECT_EQ(LoadKv(pages, table.data(), 129).v.Row(128)[31], 563);
 }
 
 // Two blocks of keys; the values say which block they are of.

@@ -1,4 +1,4 @@
-// RopeAndStoreKv and ReadKv of every backend against the reference.
+// RopeAndStoreKv of every backend against the reference.
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -84,7 +84,8 @@ class RopeTest : public BackendTest,
     ASSERT_OK(k_norm);
     RopeArgs args;
     args.qkv = qkv.view;
-    args.first_position = shape().first_position;
+    const RopeSequence sequence{{0, shape().rows, shape().first_position, kv.table()}, nullptr};
+    args.sequences = {&sequence, 1};
     args.rope = table->get();
     if (shape().qk_norm) {
       args.q_norm = &*q_norm;
@@ -175,45 +176,6 @@ TEST_P(RopeTest, WritesNoOtherToken) {
     const bool written = t >= shape().first_position && t < end();
     ASSERT_EQ(std::isnan(all.k.Row(t)[0]), !written) << "K of token " << t;
     ASSERT_EQ(std::isnan(all.v.Row(t)[0]), !written) << "V of token " << t;
-  }
-}
-
-TEST_P(RopeTest, ReadKvReturnsStoredBytes) {
-  const int64_t tokens = end();
-  const KvRows rows{RandomMatrix(tokens, kv_cols(), 4, dtype()),
-                    RandomMatrix(tokens, kv_cols(), 5, dtype())};
-  const DeviceKv kv = PutKv(rows, shape().heads, tokens);
-  // All tokens, and all from the last block's start on.
-  for (const int64_t begin : {int64_t{0}, (tokens - 1) / kBlockTokens * kBlockTokens}) {
-    const int64_t count = tokens - begin;
-    std::vector<std::byte> bytes(2 * count * kv_cols() * DTypeBytes(dtype()));
-    ASSERT_OK(backend_->ReadKv(kv.view, begin, count, absl::MakeSpan(bytes)));
-    const int64_t d = shape().heads.head_dim;
-    // K then V, each [num_kv_heads][count][head_dim].
-    const HostMatrix got =
-        reference::Load({bytes.data(), dtype(), 2 * shape().heads.num_kv_heads * count, d, d});
-    for (int64_t i = 0; i < got.rows; ++i) {
-      const int64_t head = i / count % shape().heads.num_kv_heads;
-      const HostMatrix& plane = i / count < shape().heads.num_kv_heads ? rows.k : rows.v;
-      const float* expected = plane.Row(begin + i % count) + head * d;
-      ASSERT_TRUE(std::equal(expected, expected + d, got.Row(i)))
-          << "row " << i << " of " << got.rows << " from token " << begin;
-    }
-  }
-}
-
-TEST_P(RopeTest, ReadKvRefusesWhatIsNotFinite) {
-  const int64_t tokens = end();
-  KvRows rows{RandomMatrix(tokens, kv_cols(), 4, dtype()),
-              RandomMatrix(tokens, kv_cols(), 5, dtype())};
-  std::vector<std::byte> bytes(2 * tokens * kv_cols() * DTypeBytes(dtype()));
-  for (const float bad :
-       {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
-        std::numeric_limits<float>::quiet_NaN()}) {
-    rows.v.values.back() = bad;
-    const DeviceKv kv = PutKv(rows, shape().heads, tokens);
-    EXPECT_THAT(backend_->ReadKv(kv.view, 0, tokens, absl::MakeSpan(bytes)),
-                StatusIs(absl::StatusCode::kInternal));
   }
 }
 

@@ -1,4 +1,4 @@
-// SelectBlocks of every backend: what the comparison with the NumPy specification does not see.
+// Block selection of every backend: what the comparison with the NumPy specification does not see.
 #include <cmath>
 #include <set>
 #include <string>
@@ -44,29 +44,33 @@ class SelectBlocksTest : public BackendTest, public ::testing::WithParamInterfac
     const HostMatrix k = RandomMatrix(kTokens, 3 * 64, 2, dtype());
     kv_ = PutKv({k, k}, kHeads, kTokens);
     ratio_ = PutFloats(*backend_, std::vector<float>(9));
-    backend_->ResetStats(1);
-    args_ = {};
-    args_.q = q_.view;
-    args_.kv = kv_.view;
-    args_.options = &options_;
-    args_.budget_ratio = static_cast<float*>(ratio_.data());
+    counts_ = NewCounts(*backend_);
+    out_ = NewMatrix(kTokens, 9 * 64, dtype());
+    sequence_ = {};
+    sequence_.rows = {0, kTokens, 0, kv_.table()};
+    sequence_.proxy_attn = &options_;
+    sequence_.budget_ratio = static_cast<float*>(ratio_.data());
+    sequence_.counts = static_cast<BlockCounts*>(counts_.data());
   }
   void ResetRatio() {
     const std::vector<float> zeros(9);
     ASSERT_OK(backend_->Upload(zeros.data(), ratio_.bytes(), ratio_.data()));
   }
+  absl::Status Attend(BlockSelection* selection) {
+    sequence_.selection = selection;
+    return backend_->Attention({q_.view, out_.view, kv_.view, {&sequence_, 1}});
+  }
   BlockSelection Select() {
-    EXPECT_OK(backend_->SelectBlocks(args_));
-    auto selection = backend_->ReadSelection();
-    EXPECT_OK(selection);
-    return *std::move(selection);
+    BlockSelection selection;
+    EXPECT_OK(Attend(&selection));
+    return selection;
   }
 
   ProxyAttnOptions options_ = SparseOptions();
-  DeviceMatrix q_;
+  DeviceMatrix q_, out_;
   DeviceKv kv_;
-  Buffer ratio_;
-  SelectArgs args_;
+  Buffer ratio_, counts_;
+  AttentionSequence sequence_;
 };
 
 INSTANTIATE_TEST_SUITE_P(All, SelectBlocksTest, ::testing::ValuesIn(BackendsUnderTest()),
@@ -113,6 +117,8 @@ TEST_P(SelectBlocksTest, DoesNotDependOnThreads) {
     q_ = {};
     kv_ = {};
     ratio_ = {};
+    counts_ = {};
+    out_ = {};
     Open(backend);
     PutData();
     const BlockSelection selection = Select();
@@ -122,11 +128,11 @@ TEST_P(SelectBlocksTest, DoesNotDependOnThreads) {
 }
 
 TEST_P(SelectBlocksTest, KeepsNothingOfEarlierCalls) {
-  args_.q = q_.view.Rows(0, 700);
+  sequence_.rows.num_rows = 700;
   const BlockSelection fresh = Select();
-  args_.q = q_.view;
+  sequence_.rows.num_rows = kTokens;
   Select();
-  args_.q = q_.view.Rows(0, 700);
+  sequence_.rows.num_rows = 700;
   ResetRatio();
   EXPECT_TRUE(Same(Select(), fresh));
 }
@@ -149,16 +155,32 @@ TEST_P(SelectBlocksTest, CountsDenseFallbacks) {
   EXPECT_TRUE(Select().dense_fallback);
   options_.dense_above_density = 1;
   EXPECT_FALSE(Select().dense_fallback);
-  auto stats = backend_->ReadStats();
-  ASSERT_OK(stats);
-  EXPECT_EQ(stats->layers[0].dense_fallbacks, 1);
-  EXPECT_GT(stats->selection_seconds, 0);
+  EXPECT_EQ(GetCounts(*backend_, counts_).dense_fallbacks, 1);
+}
+
+// What was timed is given out once.
+TEST_P(SelectBlocksTest, TimesSelectionAndAttention) {
+  ASSERT_OK(backend_->TakeTimes());
+  ASSERT_OK(Attend(nullptr));
+  auto times = backend_->TakeTimes();
+  ASSERT_OK(times);
+  EXPECT_GT(times->selection_seconds, 0);
+  EXPECT_GT(times->attention_seconds, 0);
+  times = backend_->TakeTimes();
+  ASSERT_OK(times);
+  EXPECT_EQ(times->selection_seconds, 0);
+  EXPECT_EQ(times->attention_seconds, 0);
+  sequence_.proxy_attn = nullptr;
+  ASSERT_OK(Attend(nullptr));
+  times = backend_->TakeTimes();
+  ASSERT_OK(times);
+  EXPECT_EQ(times->selection_seconds, 0);
+  EXPECT_GT(times->attention_seconds, 0);
 }
 
 TEST_P(SelectBlocksTest, RefusesWhatItCannotSelect) {
   const auto refuses = [&](const std::string& message) {
-    EXPECT_THAT(backend_->SelectBlocks(args_),
-                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message)));
+    EXPECT_THAT(Attend(nullptr), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message)));
   };
   options_.num_proxies = 2;
   refuses("num_proxies=2");
@@ -168,14 +190,19 @@ TEST_P(SelectBlocksTest, RefusesWhatItCannotSelect) {
   options_.stride = 5;
   refuses("stride=5");
   options_.stride = 16;
-  args_.first_position = 100;
+  sequence_.rows.first_position = 100;
   refuses("first_position=100");
-  args_.first_position = 0;
-  args_.layer = 1;
-  refuses("layer 1");
-  args_.layer = 0;
-  args_.q.cols -= 64;
+  sequence_.rows.first_position = 0;
+  sequence_.budget_ratio = nullptr;
+  refuses("budget_ratio");
+  sequence_.budget_ratio = static_cast<float*>(ratio_.data());
+  q_.view.cols -= 64;
   refuses("512");
+  q_.view.cols += 64;
+  sequence_.proxy_attn = nullptr;
+  BlockSelection selection;
+  EXPECT_THAT(Attend(&selection),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("dense sequence")));
 }
 
 }  // namespace

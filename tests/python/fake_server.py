@@ -3,13 +3,13 @@
 import concurrent.futures
 import contextlib
 import hashlib
+import threading
 import time
 
 import grpc
 import numpy as np
-from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
-from headstart.receiver import chunk_crc32c, completed_crc32c
+from headstart.wire import check_completion, chunk_crc32c, read_completion
 from headstart.v1 import prefill_pb2 as pb
 
 LAYERS, KV_HEADS, HEAD_DIM, BLOCK = 3, 2, 8, 4
@@ -42,8 +42,15 @@ def make_manifest(dtype=pb.KV_DTYPE_BF16):
     )
 
 
+def chunk_data(kv, layer, token_begin, token_end, heads=(0, KV_HEADS)):
+    """Page after page of the wire, each [K, V][kv_heads][tokens of the page][head_dim]."""
+    borders = [token_begin, *(t for t in range(token_begin + 1, token_end) if t % BLOCK == 0), token_end]
+    pages = zip(borders, borders[1:])
+    return b"".join(np.ascontiguousarray(kv[layer, :, slice(*heads), begin:end]).tobytes() for begin, end in pages)
+
+
 def make_chunk(kv, index, layer, token_begin, token_count, heads=(0, KV_HEADS)):
-    part = kv[layer, :, heads[0] : heads[1], token_begin : token_begin + token_count]
+    """Of the KV of a whole prompt."""
     chunk = pb.KvChunk(
         index=index,
         layer=layer,
@@ -51,20 +58,24 @@ def make_chunk(kv, index, layer, token_begin, token_count, heads=(0, KV_HEADS)):
         token_count=token_count,
         kv_head_begin=heads[0],
         kv_head_count=heads[1] - heads[0],
-        data=np.ascontiguousarray(part).tobytes(),
+        data=chunk_data(kv, layer, token_begin, token_begin + token_count, heads),
     )
-    chunk.crc32c = chunk_crc32c(chunk)
+    chunk.crc32c = chunk_crc32c(chunk, chunk.data)
     return chunk
 
 
-def make_chunks(kv, prefill_chunk=8):
-    """All layers of tokens [0, prefill_chunk), then of the rest: two passes."""
-    spans = [(begin, min(prefill_chunk, len(TOKENS) - begin)) for begin in range(0, len(TOKENS), prefill_chunk)]
-    places = [(layer, *span) for span in spans for layer in range(LAYERS)]
-    return [make_chunk(kv, index, *place) for index, place in enumerate(places)]
+def make_chunks(kv, part=pb.KvPart(), skip_tokens=0, piece=8):
+    """Of a part: all layers of tokens [skip, piece), then of the rest, and of these chunks those of the stripe."""
+    starts = [skip_tokens, *range(skip_tokens // piece * piece + piece, len(TOKENS), piece)]
+    spans = [(begin, end - begin) for begin, end in zip(starts, [*starts[1:], len(TOKENS)])]
+    layers = range(part.layer_begin, part.layer_begin + part.layer_count if part.layer_count else LAYERS)
+    heads = (part.kv_head_begin, part.kv_head_begin + part.kv_head_count if part.kv_head_count else KV_HEADS)
+    places = [(layer, *span) for span in spans for layer in layers]
+    mine = places[part.stripe_index :: part.stripe_count or 1]
+    return [make_chunk(kv, index, *place, heads) for index, place in enumerate(mine)]
 
 
-def make_completed(kv, chunks, manifest):
+def make_completed(chunks, manifest):
     final = pb.KvManifest()
     final.CopyFrom(manifest)
     final.layer_density.extend([1.0, 0.5, 0.25])
@@ -72,7 +83,7 @@ def make_completed(kv, chunks, manifest):
         first_token=pb.FirstToken(id=42, logprob=-0.5),
         manifest=final,
         num_chunks=len(chunks),
-        kv_bytes=kv.nbytes,
+        kv_bytes=sum(len(chunk.data) for chunk in chunks),
     )
     completed.statistics.queue.FromMilliseconds(1)
     completed.statistics.attention.FromMilliseconds(20)
@@ -80,37 +91,48 @@ def make_completed(kv, chunks, manifest):
     completed.statistics.total.FromMilliseconds(51)
     completed.statistics.executed_blocks = 30
     completed.statistics.causal_blocks = 60
-    completed.crc32c = completed_crc32c(completed)
     return completed
 
 
-def make_stream(kv=None, dtype=pb.KV_DTYPE_BF16):
+def make_stream(kv=None, dtype=pb.KV_DTYPE_BF16, skip_tokens=0):
     """A whole stream that is right: what the damage tests start from."""
     kv = make_kv() if kv is None else kv
-    manifest = make_manifest(dtype)
-    chunks = make_chunks(kv)
+    chunks = make_chunks(kv, skip_tokens=skip_tokens)
+    accepted = pb.Accepted(request_id="r1", transfer_params=b"opaque")
+    return [pb.PrefillResponse(accepted=accepted), *make_part_stream(chunks, make_manifest(dtype))]
+
+
+def make_part_stream(chunks, manifest=None):
+    """From the manifest on."""
+    manifest = manifest or make_manifest()
     return [
-        pb.PrefillResponse(accepted=pb.Accepted(request_id="r1", transfer_params=b"opaque")),
         pb.PrefillResponse(manifest=manifest),
         *(pb.PrefillResponse(chunk=chunk) for chunk in chunks),
-        pb.PrefillResponse(completed=make_completed(kv, chunks, manifest)),
+        pb.PrefillResponse(completed=check_completion(make_completed(chunks, manifest))),
     ]
 
 
-class Abort:
-    """In a script: ends the call with this status and these google.rpc details."""
+def change_completed(stream, change):
+    """Changes the completion, whose checksum is right again."""
+    completed = read_completion(stream[-1].completed)
+    change(completed)
+    stream[-1].completed.CopyFrom(check_completion(completed))
+    return stream
 
-    def __init__(self, code, message, details=()):
-        self.code, self.message, self.details = code, message, details
+
+class Abort:
+    """In a script: ends the call with this status and these google.rpc details, or raw bytes in their place."""
+
+    def __init__(self, code, message, details=(), raw_details=b""):
+        self.code, self.message, self.details, self.raw_details = code, message, details, raw_details
 
     def end(self, context):
         status = status_pb2.Status(code=self.code.value[0], message=self.message)
         for detail in self.details:
-            packed = any_pb2.Any()
-            packed.Pack(detail)
-            status.details.append(packed)
-        if self.details:
-            context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
+            status.details.add().Pack(detail)
+        trailer = self.raw_details or (status.SerializeToString() if self.details else b"")
+        if trailer:
+            context.set_trailing_metadata((("grpc-status-details-bin", trailer),))
         context.abort(self.code, self.message)
 
 
@@ -127,8 +149,24 @@ def headstart_error(code, reason, message="no", *, retry_delay_s=None, violation
     return Abort(code, message, details)
 
 
+def play(script, context):
+    """PrefillResponses, Aborts, bytes, and what is called with the context."""
+    for step in script:
+        if isinstance(step, Abort):
+            step.end(context)
+        elif callable(step):
+            step(context)
+        else:
+            yield step
+
+
+def serialize(response):
+    """Scripts may hold bytes that are no message."""
+    return response if isinstance(response, bytes) else response.SerializeToString()
+
+
 class FakeServer:
-    """Answers the n-th Prefill with the n-th script: PrefillResponses, or an Abort. The last script repeats."""
+    """Answers the n-th Prefill with the n-th script, the last one repeats."""
 
     def __init__(self, *scripts):
         self.scripts = scripts
@@ -137,33 +175,89 @@ class FakeServer:
     def prefill(self, request, context):
         script = self.scripts[min(len(self.requests), len(self.scripts) - 1)]
         self.requests.append(request)
-        for step in script:
-            if isinstance(step, Abort):
-                step.end(context)
-            elif callable(step):
-                step(context)
-            else:
-                yield step
+        yield from play(script, context)
+
+    def handlers(self):
+        return {
+            "Prefill": grpc.unary_stream_rpc_method_handler(self.prefill, pb.PrefillRequest.FromString, serialize)
+        }
 
     @contextlib.contextmanager
-    def running(self):
+    def running(self, address="127.0.0.1:0", credentials=None):
         """Yields the address."""
-        handler = grpc.method_handlers_generic_handler(
-            "headstart.v1.PrefillService",
-            {
-                "Prefill": grpc.unary_stream_rpc_method_handler(
-                    self.prefill, pb.PrefillRequest.FromString, pb.PrefillResponse.SerializeToString
-                )
-            },
-        )
-        server = grpc.server(concurrent.futures.ThreadPoolExecutor(4))
-        server.add_generic_rpc_handlers((handler,))
-        port = server.add_insecure_port("127.0.0.1:0")
+        server = grpc.server(concurrent.futures.ThreadPoolExecutor(16))
+        service = grpc.method_handlers_generic_handler("headstart.v1.PrefillService", self.handlers())
+        server.add_generic_rpc_handlers((service,))
+        port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
         server.start()
         try:
             yield f"127.0.0.1:{port}"
         finally:
             server.stop(0).wait()
+
+
+class FakeKeeper(FakeServer):
+    """Keeps the KV of the last prompt, and ships the parts that are asked for.
+
+    on_chunk(fetch, chunk, context): called before a chunk leaves; may abort. Counts acknowledged chunks by stripe.
+    """
+
+    FETCH_ID = b"0123456789abcdef"
+
+    def __init__(self, kv=None, on_chunk=None, fetch_address=""):
+        super().__init__()
+        self.kv = make_kv() if kv is None else kv
+        self.on_chunk = on_chunk or (lambda fetch, chunk, context: None)
+        self.fetch_address = fetch_address
+        self.part_of = lambda part: part  # what is sent for a part that is asked for
+        self.skip_tokens = 0
+        self.fetches = []
+        self.acknowledged = {}
+        self.peers = set()
+        self.released = threading.Event()
+
+    def prefill(self, request, context):
+        self.requests.append(request)
+        self.skip_tokens = request.skip_tokens
+        self.released.clear()
+        accepted = pb.Accepted(request_id=request.request_id, fetch_id=self.FETCH_ID, fetch_address=self.fetch_address)
+        yield pb.PrefillResponse(accepted=accepted)
+        yield from make_part_stream([])
+
+    def fetch_kv(self, requests, context):
+        fetch = next(requests).fetch
+        if fetch.fetch_id != self.FETCH_ID or self.released.is_set():
+            headstart_error(grpc.StatusCode.NOT_FOUND, "UNKNOWN_FETCH_ID").end(context)
+        self.fetches.append(fetch)
+        self.peers.add(context.peer())
+        manifest, *chunks, completed = make_part_stream(make_chunks(self.kv, self.part_of(fetch.part), self.skip_tokens))
+        yield manifest
+        for response in chunks[fetch.from_chunk :]:
+            self.on_chunk(fetch, response.chunk, context)
+            yield response
+        acknowledged = 0
+        while acknowledged < len(chunks):
+            acknowledged = next(requests).ack.num_chunks
+        self.acknowledged[fetch.part.stripe_index] = acknowledged
+        yield completed
+
+    def release_kv(self, request, context):
+        self.released.set()
+        return pb.ReleaseKvResponse()
+
+    def renew_lease(self, request, context):
+        response = pb.RenewLeaseResponse()
+        response.lease.FromMilliseconds(1500)
+        return response
+
+    def handlers(self):
+        unary = grpc.unary_unary_rpc_method_handler
+        return {
+            **super().handlers(),
+            "FetchKv": grpc.stream_stream_rpc_method_handler(self.fetch_kv, pb.FetchKvRequest.FromString, serialize),
+            "ReleaseKv": unary(self.release_kv, pb.ReleaseKvRequest.FromString, serialize),
+            "RenewLease": unary(self.renew_lease, pb.RenewLeaseRequest.FromString, serialize),
+        }
 
 
 def wait_until(condition, timeout_s=10.0):

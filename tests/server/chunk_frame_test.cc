@@ -2,9 +2,13 @@
 
 #include <gtest/gtest.h>
 
+#include <cstring>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "engine/ship/host_pages.h"
 #include "headstart/v1/prefill.pb.h"
 
 namespace headstart {
@@ -38,31 +42,138 @@ absl::Span<const std::byte> AsBytes(const std::string& text) {
 
 TEST(ChunkFrameTest, SlowCrcKnowsTheCheckValue) { EXPECT_EQ(SlowCrc32c("123456789"), 0xe3069283u); }
 
-TEST(ChunkFrameTest, ChecksumCoversHeaderThenData) {
+TEST(ChunkFrameTest, ChecksumCoversHeaderThenDataRunByRun) {
   const ChunkHeader header = {5, 1, 128, 64, 0, 3};
   const std::string data = SomeBytes(1000);
   std::string summed;
   for (const uint32_t field : {5, 1, 128, 64, 0, 3}) summed += LittleEndian(field);
-  EXPECT_EQ(ChunkCrc32c(header, AsBytes(data)), SlowCrc32c(summed + data));
+  const uint32_t expected = SlowCrc32c(summed + data);
+  const ByteRun whole = AsBytes(data);
+  EXPECT_EQ(ChunkCrc32c(header, {whole}), expected);
+  EXPECT_EQ(ChunkCrc32c(header, {whole.first(1), whole.subspan(1, 700), whole.subspan(701)}),
+            expected);
 }
 
-// Numbers as they are in prefill.proto, and each in its place.
-TEST(ChunkFrameTest, ChecksumOfACompletionIsLittleEndianNumbersInOrder) {
-  v1::Completed completed;
-  completed.mutable_first_token()->set_id(0x01020304);
-  completed.mutable_first_token()->set_logprob(-0.5f);  // 0xbf000000
-  completed.set_num_chunks(5);
-  completed.set_kv_bytes(uint64_t{6} << 32);
-  completed.mutable_statistics()->set_dense_fallbacks(7);
-  completed.mutable_statistics()->set_executed_blocks(8);
-  completed.mutable_statistics()->set_causal_blocks(9);
-  completed.mutable_manifest()->add_layer_density(0.25f);  // 0x3e800000
-  std::string summed;
-  for (const uint32_t word :
-       {0x01020304u, 0xbf000000u, 5u, 7u, 0u, 6u, 8u, 0u, 9u, 0u, 0x3e800000u})
-    summed += LittleEndian(word);
-  EXPECT_EQ(CompletedCrc32c(completed), SlowCrc32c(summed));
+TEST(ChunkFrameTest, ChecksumOfBytesIsTheStandardOne) {
+  EXPECT_EQ(Crc32c("123456789"), 0xe3069283u);
+  EXPECT_EQ(Crc32c(""), 0u);
 }
+
+// ---- the runs of a chunk
+
+KvGeometry SomeGeometry() {
+  return {.num_layers = 2,
+          .heads = {.num_heads = 6, .num_kv_heads = 3, .head_dim = 16},
+          .dtype = DType::kBF16,
+          .chunk_pages = 4};
+}
+
+// One element after the other, as prefill.proto says it: pages, K and V, heads, tokens, elements.
+std::string ReferenceData(const std::string& memory, const TokenRange& tokens, const KvPart& part,
+                          const KvGeometry& geometry) {
+  const int64_t element = DTypeBytes(geometry.dtype);
+  const int64_t heads = geometry.heads.num_kv_heads, dim = geometry.heads.head_dim;
+  const int64_t first_page = tokens.begin / kBlockTokens;
+  const int64_t end = tokens.begin + tokens.count;
+  std::string data;
+  for (int64_t page = first_page; page * kBlockTokens < end; ++page) {
+    for (int64_t plane = 0; plane < 2; ++plane) {
+      for (int64_t head = part.head_begin; head < part.head_begin + part.head_count; ++head) {
+        for (int64_t slot = 0; slot < kBlockTokens; ++slot) {
+          const int64_t token = page * kBlockTokens + slot;
+          if (token < tokens.begin || token >= end) continue;
+          for (int64_t i = 0; i < dim; ++i) {
+            const int64_t place =
+                ((((page - first_page) * 2 + plane) * heads + head) * kBlockTokens + slot) * dim +
+                i;
+            data +=
+                memory.substr(static_cast<size_t>(place * element), static_cast<size_t>(element));
+          }
+        }
+      }
+    }
+  }
+  return data;
+}
+
+struct RunCase {
+  TokenRange tokens;
+  int32_t head_begin;
+  int32_t head_count;
+  size_t runs;
+};
+
+class ChunkRunsTest : public ::testing::TestWithParam<RunCase> {
+ protected:
+  KvPart Part() const {
+    return {
+        .layer_count = 2, .head_begin = GetParam().head_begin, .head_count = GetParam().head_count};
+  }
+  const KvGeometry geometry_ = SomeGeometry();
+  const std::string memory_ = SomeBytes(static_cast<size_t>(geometry_.chunk_bytes()));
+};
+
+TEST_P(ChunkRunsTest, AreTheBytesOfTheWireFormatInFewPieces) {
+  const auto runs = ChunkRuns(AsBytes(memory_).data(), GetParam().tokens, Part(), geometry_);
+  std::string data;
+  for (const ByteRun& run : runs) {
+    data.append(reinterpret_cast<const char*>(run.data()), run.size());
+  }
+  EXPECT_EQ(data, ReferenceData(memory_, GetParam().tokens, Part(), geometry_));
+  EXPECT_EQ(runs.size(), GetParam().runs);
+}
+
+TEST_P(ChunkRunsTest, MessageIsASerialisedResponseThatHoldsItsMemory) {
+  HostPages pages(HostBuffer(new std::byte[memory_.size()],
+                             {[](void* data) { delete[] static_cast<std::byte*>(data); }}),
+                  geometry_.chunk_bytes(), 1);
+  ShipmentReader::Chunk chunk;
+  chunk.index = 7;
+  chunk.chunk.layer = 1;
+  chunk.chunk.tokens = GetParam().tokens;
+  chunk.chunk.memory = std::make_shared<const HostChunk>(std::move(pages.Take(1, 1)[0]));
+  std::memcpy(chunk.chunk.memory->data(), memory_.data(), memory_.size());
+  {
+    const StreamMessage message = ChunkMessage(chunk, Part(), geometry_);
+    chunk.chunk.memory.reset();
+    EXPECT_EQ(pages.free_chunks(), 0) << "the slices refer to it";
+
+    grpc::Slice slice;
+    ASSERT_TRUE(message.bytes.DumpToSingleSlice(&slice).ok());
+    v1::PrefillResponse response;
+    ASSERT_TRUE(response.ParseFromArray(slice.begin(), static_cast<int>(slice.size())));
+    const v1::KvChunk& sent = response.chunk();
+    EXPECT_EQ(sent.index(), 7u);
+    EXPECT_EQ(sent.layer(), 1u);
+    EXPECT_EQ(sent.token_begin(), GetParam().tokens.begin);
+    EXPECT_EQ(sent.token_count(), GetParam().tokens.count);
+    EXPECT_EQ(sent.kv_head_begin(), static_cast<uint32_t>(GetParam().head_begin));
+    EXPECT_EQ(sent.kv_head_count(), static_cast<uint32_t>(GetParam().head_count));
+    EXPECT_EQ(sent.data(), ReferenceData(memory_, GetParam().tokens, Part(), geometry_));
+    EXPECT_EQ(message.kv_bytes, static_cast<int64_t>(sent.data().size()));
+    std::string summed;
+    for (const uint32_t field : {sent.index(), sent.layer(), sent.token_begin(), sent.token_count(),
+                                 sent.kv_head_begin(), sent.kv_head_count()}) {
+      summed += LittleEndian(field);
+    }
+    EXPECT_EQ(sent.crc32c(), SlowCrc32c(summed + sent.data()));
+  }
+  EXPECT_EQ(pages.free_chunks(), 1);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Chunks, ChunkRunsTest,
+    ::testing::Values(
+        RunCase{{0, 512}, 0, 3, 1},    // whole pages, all heads
+        RunCase{{256, 128}, 0, 3, 1},  // one page
+        RunCase{{0, 256}, 0, 1, 4},    // some heads: K and V of each page
+        RunCase{{0, 256}, 1, 2, 4},    //
+        RunCase{
+            {0, 300}, 0, 3, 6},  // ragged end: every head for itself, the first behind whole pages
+        RunCase{{200, 184}, 0, 3, 6},  // cut front, the last head goes on in a whole page
+        RunCase{{200, 100}, 1, 1, 4},  // both ends cut
+        RunCase{{130, 20}, 0, 3, 6},   // inside of one page
+        RunCase{{127, 1}, 2, 1, 2}));  // one token
 
 class ChunkFrameSizeTest : public ::testing::TestWithParam<int64_t> {};
 

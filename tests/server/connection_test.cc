@@ -83,7 +83,7 @@ TEST_F(ConnectionTest, PeerThatAnswersNoPingIsClosedAndItsRequestEnds) {
   barrier.WaitUntilReached();
   EXPECT_TRUE(frozen.IsClosedWithin(kPatience));
   barrier.Open();
-  while (server_->Snapshot().load.inflight_requests > 0) absl::SleepFor(absl::Milliseconds(1));
+  EXPECT_TRUE(BecomesIdle(absl::Seconds(10))) << WhatIsLeft();
   EXPECT_EQ(Metric("headstart_requests_total{code=\"CANCELLED\",model=\"tiny\","
                    "reason=\"CLIENT_CANCELLED\"}"),
             1);
@@ -152,7 +152,7 @@ TEST_F(ConnectionTest, ConnectionsAboveTheLimitAreShedAndRecover) {
   EXPECT_EQ(Metric("headstart_connections"), 3);
   EXPECT_GE(Metric("headstart_connections_shed_total{reason=\"max_connections\"}"), 1);
   held.clear();
-  while (Metric("headstart_connections") > 0) absl::SleepFor(absl::Milliseconds(5));
+  EXPECT_TRUE(ComesTrue([this] { return Metric("headstart_connections") == 0; }));
   ExpectServes();
 }
 
@@ -164,7 +164,7 @@ TEST_F(ConnectionTest, ManyShortConnectionsLeaveNothing) {
     if (i % 2 == 0) hasty.Handshake();
     if (i % 4 == 0) hasty.OpenCall(1, kPrefill);
   }
-  while (Metric("headstart_connections") > 0) absl::SleepFor(absl::Milliseconds(5));
+  EXPECT_TRUE(ComesTrue([this] { return Metric("headstart_connections") == 0; }));
   EXPECT_LT(Metric("process_open_fds"), fds_before + 10);
   ExpectServes();
 }

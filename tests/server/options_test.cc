@@ -77,13 +77,13 @@ TEST_F(OptionsTest, FlagsAreTheTableOfTheReadme) {
 
 TEST_F(OptionsTest, ReadsFlagsOfEveryKind) {
   ASSERT_TRUE(Parse({"--model", "/models/x", "--dtype", "f32", "--drain-timeout", "1m30s",
-                     "--send-buffer-bytes", "4MB", "--attention", "fast", "--gamma", "0.5",
+                     "--host-kv-bytes", "4MB", "--attention", "fast", "--gamma", "0.5",
                      "--dense-layers", "0,3", "--tls-allowed-san", "a.b,c.d"}))
       << error_;
   EXPECT_EQ(options_.model_dir, "/models/x");
   EXPECT_EQ(options_.backend.dtype, ComputeDType::kF32);
   EXPECT_EQ(options_.drain_timeout, absl::Seconds(90));
-  EXPECT_EQ(options_.send_buffer_bytes, 4 << 20);
+  EXPECT_EQ(options_.host_kv_bytes, 4 << 20);
   EXPECT_EQ(options_.attention.request.preset, AttentionPreset::kFast);
   EXPECT_EQ(options_.attention.request.gamma, 0.5f);
   EXPECT_EQ(options_.attention.request.stride, std::nullopt);
@@ -92,15 +92,15 @@ TEST_F(OptionsTest, ReadsFlagsOfEveryKind) {
 }
 
 TEST_F(OptionsTest, RefusesBadValues) {
-  for (const auto& arguments :
-       std::vector<std::vector<std::string>>{{"--drain-timeout", "60"},
-                                             {"--drain-timeout", "-3s"},
-                                             {"--dtype", "int4"},
-                                             {"--attention", "sparse"},
-                                             {"--max-queue-requests", "0"},
-                                             {"--device", "tpu"},
-                                             {"--send-buffer-bytes", "much"},
-                                             {"--no-such-flag"}}) {
+  for (const auto& arguments : std::vector<std::vector<std::string>>{{"--drain-timeout", "60"},
+                                                                     {"--drain-timeout", "-3s"},
+                                                                     {"--dtype", "int4"},
+                                                                     {"--attention", "sparse"},
+                                                                     {"--max-queue-requests", "0"},
+                                                                     {"--device", "tpu"},
+                                                                     {"--host-kv-bytes", "much"},
+                                                                     {"--default-lease", "0s"},
+                                                                     {"--no-such-flag"}}) {
     EXPECT_FALSE(Parse(arguments)) << arguments[0];
     EXPECT_THAT(error_, HasSubstr(arguments[0].substr(2))) << error_;
   }
@@ -119,7 +119,7 @@ TEST_F(OptionsTest, ConfigFileFillsWhatIsNotSetOtherwise) {
   EXPECT_EQ(options_.listen, "127.0.0.1:1");
   EXPECT_EQ(options_.model_name, "from-environment");
   EXPECT_EQ(options_.drain_timeout, absl::Seconds(7));
-  EXPECT_EQ(options_.admission.max_requests, 3);
+  EXPECT_EQ(options_.max_queue_requests, 3);
   EXPECT_EQ(options_.tls.allowed_sans, (std::vector<std::string>{"a", "b"}));
 }
 
@@ -174,9 +174,10 @@ TEST_F(OptionsTest, ValidatesWhatFlagsAloneCanNotSay) {
     EXPECT_THAT(ValidateOptions(changed),
                 StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(flag)));
   };
-  expect_refused([](ServerOptions& o) { o.chunk_tokens = 1000; }, "--prefill-chunk-tokens");
+  expect_refused([](ServerOptions& o) { o.piece_tokens = 1000; }, "--piece-tokens");
   expect_refused([](ServerOptions& o) { o.max_deadline = absl::Seconds(1); }, "--default-deadline");
-  expect_refused([](ServerOptions& o) { o.stuck_after = absl::Seconds(1); }, "--stuck-after");
+  expect_refused([](ServerOptions& o) { o.max_lease = absl::Seconds(1); }, "--default-lease");
+  expect_refused([](ServerOptions& o) { o.fetch_address = "10.0.0.7"; }, "--fetch-address");
   expect_refused([](ServerOptions& o) { o.tls.cert_file = "x"; }, "--tls-cert");
   expect_refused([](ServerOptions& o) { o.tls.client_ca_file = "x"; }, "--tls-client-ca");
   expect_refused([](ServerOptions& o) { o.tls.allowed_sans = {"x"}; }, "--tls-allowed-san");

@@ -23,6 +23,7 @@
 #include "server/program/serve_command.h"
 #include "tests/e2e/child_process.h"
 #include "tests/server/server_fixture.h"
+#include "tests/testing/kv_collector.h"
 #include "tests/testing/notification.h"
 #include "tests/testing/status_matchers.h"
 
@@ -333,9 +334,7 @@ int ServeStuckEngine(const ServerOptions& options, const std::function<void()>& 
       }
       return absl::OkStatus();
     });
-    EngineOptions engine;
-    engine.model_dir = options.model_dir;
-    return Engine::Create(engine, std::move(backend), nullptr);
+    return MakeEngine(ToEngineOptions(options), std::move(backend));
   });
 }
 
@@ -376,7 +375,7 @@ TEST_F(ServerDeathTest, SignalWhileLoadingEndsWithoutWaitingForTheModel) {
               ::testing::ExitedWithCode(kExitOk), "");
 }
 
-TEST_F(ServerDeathTest, LostBackendExitsWithFive) {
+TEST_F(ServerDeathTest, LostBackendExitsWithSix) {
   const ServerOptions options = QuietOptions(dir_ / "tiny");
   const auto serve = [options] {
     std::thread([options] {
@@ -393,9 +392,7 @@ TEST_F(ServerDeathTest, LostBackendExitsWithFive) {
         return call.op == "Attention" ? absl::InternalError("illegal memory access")
                                       : absl::OkStatus();
       });
-      EngineOptions engine;
-      engine.model_dir = options.model_dir;
-      return Engine::Create(engine, std::move(backend), nullptr);
+      return MakeEngine(ToEngineOptions(options), std::move(backend));
     });
   };
   EXPECT_EXIT(exit(serve()), ::testing::ExitedWithCode(kExitBackend), "illegal memory access");

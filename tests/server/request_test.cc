@@ -54,7 +54,7 @@ TEST_F(RequestTest, AnswersInTheOrderOfTheWireFormat) {
   EXPECT_EQ(manifest.model_hash().size(), 64u);
   EXPECT_EQ(manifest.token_hash().size(), 32u);
   EXPECT_EQ(manifest.layer_density_size(), 0);
-  const v1::Completed& completed = result.responses.back().completed();
+  const v1::Completed completed = CompletedOf(result.responses.back());
   uint64_t bytes = 0;
   for (size_t i = 2; i + 1 < result.responses.size(); ++i) {
     ASSERT_TRUE(result.responses[i].has_chunk());
@@ -70,7 +70,7 @@ TEST_F(RequestTest, AnswersInTheOrderOfTheWireFormat) {
 TEST_F(RequestTest, PartsOfTheTimeAddUpToTheTotal) {
   const CallResult result = Run(Prompt(700));
   ASSERT_TRUE(result.status.ok());
-  const v1::PrefillStatistics& s = result.responses.back().completed().statistics();
+  const v1::PrefillStatistics s = CompletedOf(result.responses.back()).statistics();
   const auto nanoseconds = [](const google::protobuf::Duration& d) {
     return d.seconds() * 1000000000 + d.nanos();
   };
@@ -200,13 +200,13 @@ TEST_F(RequestTest, ReportsTheAttentionThatRan) {
   EXPECT_EQ(ran.options().preset(), v1::ATTENTION_PRESET_FAST);
   EXPECT_EQ(ran.options().dense_below_tokens(), 100u);
   EXPECT_EQ(ran.options().stride(), 16u);
-  EXPECT_EQ(ran.dense_reason(), "");
+  EXPECT_EQ(ran.dense_reason(), v1::AttentionProvenance::DENSE_REASON_UNSPECIFIED);
 
   request.mutable_attention()->set_dense_below_tokens(600);
   const CallResult dense = Run(request);
   const v1::AttentionProvenance& fell_back = dense.responses[1].manifest().attention();
   EXPECT_EQ(fell_back.algorithm(), v1::AttentionProvenance::ALGORITHM_DENSE);
-  EXPECT_EQ(fell_back.dense_reason(), "below_dense_limit");
+  EXPECT_EQ(fell_back.dense_reason(), v1::AttentionProvenance::DENSE_REASON_BELOW_DENSE_LIMIT);
 }
 
 TEST_F(RequestTest, RefusesBadSampling) {
@@ -228,11 +228,14 @@ TEST_F(RequestTest, RefusesLargeTransferParams) {
 
 TEST_F(RequestTest, MalformedProtobufIsAnInvalidArgumentAndTheConnectionSurvives) {
   const auto channel = NewChannel();
-  for (const char* method : {"Prefill", "GetModelInfo", "GetServerInfo"}) {
+  for (const char* method :
+       {"Prefill", "FetchKv", "RenewLease", "ReleaseKv", "GetModelInfo", "GetServerInfo"}) {
     for (const std::string& bytes :
          {std::string("\x1a\x05\x01"), std::string("\xff\xff\xff\xff"),
           std::string("\x0a\x02\xff\xfe")}) {  // truncated; no tag; bad UTF-8 in a string
-      if (std::string(method) == "GetServerInfo" && bytes[0] == '\x0a') continue;  // has no string
+      const bool has_string =
+          std::string(method) == "Prefill" || std::string(method) == "GetModelInfo";
+      if (!has_string && bytes[0] == '\x0a') continue;
       const CallResult result = RawCall(channel, method, {bytes});
       EXPECT_EQ(result.status.error_code(), grpc::StatusCode::INVALID_ARGUMENT) << method;
       EXPECT_EQ(result.reason(), "MALFORMED_REQUEST");
@@ -326,6 +329,10 @@ TEST_F(RequestTest, DescribesTheServer) {
   EXPECT_EQ(info.max_queue_requests(), 64u);
   EXPECT_EQ(info.kv_pool_tokens(), 1024u);
   EXPECT_EQ(info.default_deadline().seconds(), 120);
+  EXPECT_EQ(info.piece_tokens(), 8192u);
+  EXPECT_GT(info.host_kv_bytes(), 0u);
+  EXPECT_EQ(info.default_lease().seconds(), 60);
+  EXPECT_EQ(info.max_lease().seconds(), 600);
   EXPECT_FALSE(info.draining());
 }
 

@@ -10,11 +10,11 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "engine/error.h"
 #include "google/rpc/error_details.pb.h"
 #include "google/rpc/status.pb.h"
 #include "headstart/v1/prefill.pb.h"
 #include "kernels/base/nonfinite.h"
-#include "server/error.h"
 
 namespace headstart {
 namespace {

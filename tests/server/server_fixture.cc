@@ -11,16 +11,14 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "google/rpc/status.pb.h"
-#include "kernels/base/status_macros.h"
 #include "server/ops/logging.h"
-#include "server/rpc/convert.h"
+#include "server/rpc/chunk_frame.h"
 #include "tests/testing/status_matchers.h"
 
 namespace headstart::testing {
 namespace {
 
 constexpr int32_t kVocabSize = 256;
-constexpr absl::Duration kCallLimit = absl::Seconds(60);
 
 // The first detail of type T; an empty one when there is none.
 template <typename T>
@@ -70,58 +68,23 @@ v1::PrefillRequest Prompt(int64_t count) {
   return request;
 }
 
-ServerTest::ServerTest() {
-  InitLogging(LogFormat::kText, "error");
-  options_.model_dir = dir_ / "tiny";
-  options_.listen = "127.0.0.1:0";
-  options_.admin_listen = "127.0.0.1:0";
-  options_.backend.dtype = ComputeDType::kF32;
-  options_.backend.num_threads = 1;
-  options_.drain_timeout = absl::Seconds(30);
+v1::Completed CompletedOf(const v1::PrefillResponse& response) {
+  v1::Completed completed;
+  const std::string& bytes = response.completed().completed();
+  if (response.completed().crc32c() == Crc32c(bytes)) completed.ParseFromString(bytes);
+  return completed;
 }
+
+ServerTest::ServerTest() { InitLogging(LogFormat::kText, "error"); }
 
 void ServerTest::TearDown() {
   if (server_ == nullptr) return;
   // The client may know the end of a cancelled call before the server does.
-  const absl::Time limit = absl::Now() + absl::Seconds(10);
-  MetricsSnapshot end = server_->Snapshot();
-  while (end.load.inflight_requests > 0 && absl::Now() < limit) {
-    absl::SleepFor(absl::Milliseconds(5));
-    end = server_->Snapshot();
-  }
-  EXPECT_EQ(end.load.acquired, end.load.released);
-  EXPECT_EQ(end.load.inflight_requests, 0);
-  EXPECT_EQ(end.load.inflight_tokens, 0);
-  EXPECT_EQ(end.load.queued_requests, 0);
-  EXPECT_EQ(end.load.queued_tokens, 0);
-  EXPECT_EQ(end.pool_acquired, end.pool_released);
-  EXPECT_EQ(end.pool_free, end.pool_blocks);
+  EXPECT_TRUE(BecomesIdle(absl::Seconds(10))) << WhatIsLeft();
   server_.reset();
 }
 
-absl::StatusOr<std::unique_ptr<Engine>> ServerTest::MakeEngine() {
-  HEADSTART_RETURN_IF_ERROR(WriteTinyModel(options_.model_dir, model_));
-  HEADSTART_ASSIGN_OR_RETURN(auto inner, MakeBackend(options_.backend));
-  auto backend = std::make_unique<FaultBackend>(std::move(inner));
-  backend_ = backend.get();
-  EngineOptions engine;
-  engine.model_dir = options_.model_dir;
-  engine.chunk_tokens = options_.chunk_tokens;
-  engine.kv_pool_tokens = options_.kv_pool_tokens;
-  return Engine::Create(engine, std::move(backend), nullptr);
-}
-
-void ServerTest::StartLoading(Server::EngineFactory make_engine) {
-  auto server = Server::Start(options_, std::move(make_engine));
-  ASSERT_OK(server);
-  server_ = *std::move(server);
-}
-
-void ServerTest::Start() {
-  StartLoading([this] { return MakeEngine(); });
-  ASSERT_NE(server_, nullptr);
-  ASSERT_OK(server_->WaitUntilLoaded());
-}
+void ServerTest::Start() { ASSERT_OK(StartServing()); }
 
 std::shared_ptr<grpc::Channel> ServerTest::NewChannel(
     const grpc::ChannelArguments& arguments) const {
@@ -133,6 +96,13 @@ std::shared_ptr<grpc::Channel> ServerTest::NewChannel(
 
 std::unique_ptr<v1::PrefillService::Stub> ServerTest::NewStub() const {
   return v1::PrefillService::NewStub(NewChannel());
+}
+
+std::unique_ptr<v1::PrefillService::Stub> ServerTest::NewSlowStub() const {
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+  arguments.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 64 << 10);
+  return v1::PrefillService::NewStub(NewChannel(arguments));
 }
 
 CallResult ServerTest::Run(const v1::PrefillRequest& request,
@@ -191,19 +161,18 @@ double ServerTest::Requests(const std::string& code, const std::string& reason) 
 }
 
 void ServerTest::WaitForQueued(int64_t count) const {
-  while (server_->Snapshot().load.queued_requests != count) absl::SleepFor(absl::Milliseconds(1));
+  EXPECT_TRUE(ComesTrue([&] { return server_->Snapshot().load.queued_requests == count; }));
 }
 
-absl::Duration ServerTest::WaitUntilIdle() const {
-  const absl::Time began = absl::Now();
-  while (server_->Snapshot().load.inflight_requests > 0) absl::SleepFor(absl::Milliseconds(1));
-  return absl::Now() - began;
-}
-
-Barrier::Barrier(FaultBackend* backend, const std::string& op, int32_t layer) {
+Barrier::Barrier(FaultBackend* backend, const std::string& op, int32_t layer, int32_t passes) {
+  {
+    MutexLock lock(&state_->mutex);
+    state_->passes = passes;
+  }
   backend->SetHook([state = state_, op, layer](const BackendCall& call) {
     if (call.op != op || call.layer != layer) return absl::OkStatus();
     MutexLock lock(&state->mutex);
+    if (--state->passes >= 0) return absl::OkStatus();
     state->reached = true;
     state->changed.SignalAll();
     while (!state->open) state->changed.Wait(&state->mutex);

@@ -12,12 +12,12 @@
 
 #include "google/rpc/error_details.pb.h"
 #include "headstart/v1/prefill.grpc.pb.h"
-#include "server/server.h"
-#include "tests/testing/fault_backend.h"
-#include "tests/testing/temp_dir.h"
-#include "tests/testing/tiny_model.h"
+#include "tests/testing/test_server.h"
 
 namespace headstart::testing {
+
+// No call of a test takes longer.
+inline constexpr absl::Duration kCallLimit = absl::Seconds(60);
 
 // How a call ended.
 struct CallResult {
@@ -33,22 +33,24 @@ struct CallResult {
 // Prompt of `count` ids that every tiny model knows.
 v1::PrefillRequest Prompt(int64_t count);
 
-class ServerTest : public ::testing::Test {
+// The completion of a stream that has one at its end, whose checksum is right; else an empty one.
+v1::Completed CompletedOf(const v1::PrefillResponse& response);
+
+class ServerTest : public ::testing::Test, protected TestServer {
  protected:
-  // Port 0, one small model with room for `max_positions` tokens, KV in f32: 1 KiB a token.
   ServerTest();
   // What was accepted has ended, and everything came back.
   void TearDown() override;
 
   // Starts the server with `options_` and waits until it serves.
   void Start();
-  // Does not wait for the model.
-  void StartLoading(Server::EngineFactory make_engine);
-  absl::StatusOr<std::unique_ptr<Engine>> MakeEngine();
 
   std::unique_ptr<v1::PrefillService::Stub> NewStub() const;
   std::shared_ptr<grpc::Channel> NewChannel(
       const grpc::ChannelArguments& arguments = grpc::ChannelArguments()) const;
+
+  // Of a client that takes little at a time, so that the server feels soon that nobody reads.
+  std::unique_ptr<v1::PrefillService::Stub> NewSlowStub() const;
 
   // Runs a prompt to its end. `prepare` may change the context before.
   CallResult Run(const v1::PrefillRequest& request,
@@ -72,22 +74,13 @@ class ServerTest : public ::testing::Test {
 
   // Until the server has so many requests in its queue.
   void WaitForQueued(int64_t count) const;
-  // Until nothing is in flight; how long that took.
-  absl::Duration WaitUntilIdle() const;
-
-  std::string target() const { return "127.0.0.1:" + std::to_string(server_->port()); }
-
-  TempDir dir_;
-  TinyModelOptions model_;
-  ServerOptions options_;
-  FaultBackend* backend_ = nullptr;  // the engine's, once loaded
-  std::unique_ptr<Server> server_;
 };
 
-// Holds the engine at an operation of a layer until it is told to go on.
+// Holds the engine at an operation of a layer until it is told to go on. The first `passes` times
+// it does not.
 class Barrier {
  public:
-  Barrier(FaultBackend* backend, const std::string& op, int32_t layer);
+  Barrier(FaultBackend* backend, const std::string& op, int32_t layer, int32_t passes = 0);
   // Lets the engine go, now and later.
   ~Barrier();
 
@@ -98,6 +91,7 @@ class Barrier {
   struct State {
     Mutex mutex;
     CondVar changed;
+    int32_t passes ABSL_GUARDED_BY(mutex) = 0;
     bool reached ABSL_GUARDED_BY(mutex) = false;
     bool open ABSL_GUARDED_BY(mutex) = false;
   };

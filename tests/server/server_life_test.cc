@@ -5,7 +5,7 @@
 #include <memory>
 #include <thread>
 
-#include "server/error.h"
+#include "engine/error.h"
 #include "tests/server/server_fixture.h"
 #include "tests/testing/notification.h"
 #include "tests/testing/status_matchers.h"
@@ -132,10 +132,10 @@ TEST_F(ServerLifeTest, DestroyedServerEndsEverything) {
 
 TEST_F(ServerLifeTest, RefusesWhileTheModelIsLoading) {
   Notification go_on;
-  StartLoading([this, &go_on] {
+  ASSERT_OK(StartLoading([this, &go_on] {
     go_on.WaitForNotification();
     return MakeEngine();
-  });
+  }));
   const CallResult refused = Run(Prompt(10));
   EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::UNAVAILABLE);
   EXPECT_EQ(refused.reason(), "LOADING");
@@ -155,9 +155,9 @@ TEST_F(ServerLifeTest, RefusesWhileTheModelIsLoading) {
 }
 
 TEST_F(ServerLifeTest, FailedLoadIsTheEnd) {
-  StartLoading([]() -> absl::StatusOr<std::unique_ptr<Engine>> {
+  ASSERT_OK(StartLoading([]() -> absl::StatusOr<std::unique_ptr<Engine>> {
     return absl::InvalidArgumentError("config.json: no model");
-  });
+  }));
   EXPECT_THAT(server_->WaitUntilLoaded(), StatusIs(absl::StatusCode::kInvalidArgument));
   server_->WaitForEnd();
   EXPECT_THAT(server_->Shutdown(), StatusIs(absl::StatusCode::kInvalidArgument));
@@ -165,8 +165,7 @@ TEST_F(ServerLifeTest, FailedLoadIsTheEnd) {
 
 TEST_F(ServerLifeTest, AttentionFlagsThatDoNotSuitTheModelAreAUsageError) {
   options_.attention.request.num_proxies = 3;
-  StartLoading([this] { return MakeEngine(); });
-  const absl::Status status = server_->WaitUntilLoaded();
+  const absl::Status status = StartServing();
   EXPECT_THAT(status,
               StatusIs(absl::StatusCode::kInvalidArgument, ::testing::HasSubstr("num_proxies=3")));
   EXPECT_TRUE(IsUsageError(status));
@@ -179,13 +178,13 @@ TEST_F(ServerLifeTest, ComputeThatStandsStillIsNotHealthy) {
   const auto stub = NewStub();
   OpenCall call(stub.get(), Prompt(10));
   barrier.WaitUntilReached();
-  while (Health() != "NOT_SERVING") absl::SleepFor(absl::Milliseconds(10));
+  EXPECT_TRUE(ComesTrue([this] { return Health() == "NOT_SERVING"; }));
   EXPECT_EQ(Get("/readyz").status, 503);
   EXPECT_EQ(Get("/healthz").status, 503);
   EXPECT_EQ(Metric("headstart_ready"), 0);
   barrier.Open();
   EXPECT_TRUE(call.Finish().status.ok());
-  while (Health() != "SERVING") absl::SleepFor(absl::Milliseconds(10));
+  EXPECT_TRUE(ComesTrue([this] { return Health() == "SERVING"; }));
   EXPECT_EQ(Get("/healthz").status, 200);
 }
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "tests/server/certificates.h"
+#include "tests/server/fetching.h"
 #include "tests/server/server_fixture.h"
 #include "tests/testing/status_matchers.h"
 
@@ -103,6 +104,45 @@ TEST_F(TlsTest, OnlyAllowedNamesMayCall) {
                 ->GetModelInfo(&context, {}, &info)
                 .error_code(),
             grpc::StatusCode::PERMISSION_DENIED);
+}
+
+TEST_F(TlsTest, DetachedKvIsForTheCertificateThatAskedForIt) {
+  WantClientCertificates();
+  Start();
+  const Identity owner = MakeIdentity(dir_.path(), "owner", authority_, "DNS:a.example");
+  const Identity same_name = MakeIdentity(dir_.path(), "renewed", authority_, "DNS:a.example");
+  const Identity other = MakeIdentity(dir_.path(), "other", authority_, "DNS:b.example");
+  const auto stub_of = [this](const Identity& identity) {
+    return v1::PrefillService::NewStub(Channel(Showing(identity)));
+  };
+  const auto stub = stub_of(owner), strangers = stub_of(other);
+  const CallResult computed = OpenCall(stub.get(), DetachedPrompt(10)).Finish();
+  ASSERT_TRUE(computed.status.ok()) << computed.status.error_message();
+  const std::string fetch_id = computed.responses.front().accepted().fetch_id();
+
+  const CallResult refused = OpenFetch(strangers.get(), fetch_id, {}).Finish();
+  EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::PERMISSION_DENIED);
+  EXPECT_EQ(refused.reason(), "PEER_NOT_ALLOWED");
+  const auto renew = [&](v1::PrefillService::Stub* of) {
+    grpc::ClientContext context;
+    v1::RenewLeaseRequest request;
+    request.set_fetch_id(fetch_id);
+    v1::RenewLeaseResponse response;
+    return of->RenewLease(&context, request, &response).error_code();
+  };
+  const auto release = [&](v1::PrefillService::Stub* of) {
+    grpc::ClientContext context;
+    v1::ReleaseKvRequest request;
+    request.set_fetch_id(fetch_id);
+    v1::ReleaseKvResponse response;
+    return of->ReleaseKv(&context, request, &response).error_code();
+  };
+  EXPECT_EQ(renew(strangers.get()), grpc::StatusCode::PERMISSION_DENIED);
+  EXPECT_EQ(release(strangers.get()), grpc::StatusCode::PERMISSION_DENIED);
+  EXPECT_EQ(renew(stub.get()), grpc::StatusCode::OK);
+  const auto renewed = stub_of(same_name);
+  EXPECT_TRUE(OpenFetch(renewed.get(), fetch_id, {}).Finish().status.ok());
+  EXPECT_EQ(release(renewed.get()), grpc::StatusCode::OK);
 }
 
 TEST_F(TlsTest, HealthCheckOfItselfNeedsNoCertificate) {

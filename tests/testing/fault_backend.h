@@ -14,28 +14,31 @@
 #include "absl/status/status.h"
 #include "kernels/backend.h"
 #include "kernels/base/mutex.h"
+#include "tests/testing/backend_wrapper.h"
 
 namespace headstart::testing {
 
 // One call of a Backend function.
 struct BackendCall {
-  absl::string_view op;  // name of the function: "Allocate", "Linear", "Attention", "ReadKv", …
-  // Layer of the forward pass that runs: 0 from Embed on, one more with the first RmsNorm after a
-  // SwiGlu (the head is the layer behind the last); Attention and SelectBlocks set it from their
-  // arguments. Of ReadKv: the layer that stored the KV. -1 before the first Embed (loading).
+  absl::string_view op;  // name of the function: "Allocate", "Linear", "Attention", …;
+                         // "Wait" of what CopyOut gave
+  // Layer of the forward pass. Where an operation has KV pages among its arguments they say it:
+  // they are the layer's, counted in the order in which RopeAndStoreKv first saw them. Others
+  // belong to the layer that runs: 0 from Embed on, that of the KV pages seen last, one more with
+  // the first RmsNorm after a SwiGlu (the head is the layer behind the last). -1 before the first
+  // Embed (loading).
   int32_t layer = -1;
-  int64_t bytes = 0;  // Allocate, Upload, Download, ReadKv
+  int64_t bytes = 0;  // Allocate, AllocateHost, Upload, Download, CopyOut, Wait
 };
 
-// Wraps `inner` and passes everything on to it. Hooks may be set from any thread; they run on the
-// thread that calls the backend.
-class FaultBackend : public Backend {
+// Hooks may be set from any thread; they run on the thread that calls the backend.
+class FaultBackend : public BackendWrapper {
  public:
   // Runs before the call. May block (on a Notification, to hold a layer). When it returns an
   // error the call does not happen and returns this error.
   using Hook = std::function<absl::Status(const BackendCall&)>;
 
-  explicit FaultBackend(std::unique_ptr<Backend> inner) : inner_(std::move(inner)) {}
+  explicit FaultBackend(std::unique_ptr<Backend> inner) : BackendWrapper(std::move(inner)) {}
 
   void SetHook(Hook hook);
   // From now on the first value that `op` (Embed, RmsNorm, Linear, SwiGlu or Attention) writes in
@@ -48,18 +51,6 @@ class FaultBackend : public Backend {
   void SetFreeBytes(int64_t bytes) { free_bytes_ = bytes; }
   void SetLearnsShapes() { learns_shapes_ = true; }
 
-  std::string name() const override { return inner_->name(); }
-  std::string device() const override { return inner_->device(); }
-  DType compute_dtype() const override { return inner_->compute_dtype(); }
-  DType residual_dtype() const override { return inner_->residual_dtype(); }
-  int64_t PlanScratchBytes(const HeadShape& heads, int64_t chunk_tokens,
-                           int64_t num_tokens) const override {
-    return inner_->PlanScratchBytes(heads, chunk_tokens, num_tokens);
-  }
-  absl::Status ReserveScratch(const HeadShape& heads, int64_t chunk_tokens,
-                              int64_t num_tokens) override {
-    return inner_->ReserveScratch(heads, chunk_tokens, num_tokens);
-  }
   std::optional<int64_t> FreeBytes() const override { return free_bytes_; }
   bool LearnsShapes() const override { return learns_shapes_; }
   absl::StatusOr<Buffer> Allocate(int64_t bytes) override;
@@ -77,27 +68,28 @@ class FaultBackend : public Backend {
   absl::Status Linear(const LinearWeight& weight, Matrix in, Matrix out,
                       LinearOutput mode) override;
   absl::Status RopeAndStoreKv(const RopeArgs& args) override;
-  absl::Status SelectBlocks(const SelectArgs& args) override;
   absl::Status Attention(const AttentionArgs& args) override;
   absl::Status SwiGlu(Matrix gate_up, Matrix out) override;
-  absl::Status ReadKv(const KvPages& kv, int64_t token_begin, int64_t token_count,
-                      absl::Span<std::byte> out) override;
-  absl::StatusOr<BlockSelection> ReadSelection() override;
-  void ResetStats(int32_t num_layers) override { inner_->ResetStats(num_layers); }
-  absl::StatusOr<BackendStats> ReadStats() override;
+  absl::StatusOr<HostBuffer> AllocateHost(int64_t bytes) override;
+  absl::StatusOr<std::unique_ptr<PendingCopy>> CopyOut(absl::Span<const HostCopy> copies) override;
+  absl::StatusOr<BackendTimes> TakeTimes() override;
 
  private:
-  // The inner backend's buffers name it as their owner, so none comes back here.
-  void Free(void*) override {}
+  class Copy;
 
-  // Counts the call, follows the layer and runs the hook.
+  // Counts the call and runs the hook, for the layer that runs.
   absl::Status Before(absl::string_view op, int64_t bytes = 0);
-  // The same for a call about another layer than the one that runs.
   absl::Status BeforeInLayer(absl::string_view op, int32_t layer, int64_t bytes);
+  void EnterLayer(int32_t layer);
+  // The layer that runs ends with its SwiGlu: a norm behind it is the next one's.
+  void FollowNorm();
+  // The layer whose pages hold `data`; -1: none that was seen.
+  int32_t LayerOf(const void* data) const;
+  // The same of pages that are about to be written: the first time, they are the next layer's.
+  int32_t LearnLayer(const KvPages& kv);
   // Spoils `out` when the test wants it.
   absl::Status After(absl::string_view op, Matrix out);
 
-  std::unique_ptr<Backend> inner_;
   std::optional<int64_t> free_bytes_;
   bool learns_shapes_ = false;
   mutable Mutex mutex_;

@@ -32,7 +32,7 @@ struct RowHeads {
 
   const T* Keys(int64_t block) const {
     return static_cast<const T*>(args.kv->pages) +
-           args.kv->page_table[block] * args.kv->page_elements() +
+           args.page_table[block] * args.kv->page_elements() +
            args.kv_head * kBlockTokens * args.head_dim;
   }
   const T* Values(int64_t block) const { return Keys(block) + args.kv->plane_elements(); }

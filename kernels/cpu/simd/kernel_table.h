@@ -27,8 +27,7 @@ struct ElementKernels {
   // out = silu(gate) * up, all [n].
   void (*swiglu)(const void* gate, const void* up, int64_t n, void* out);
   void (*to_float)(const void* in, int64_t n, float* out);
-  // Copies n elements; true when all of them are finite.
-  bool (*copy_finite)(const void* in, int64_t n, void* out);
+  bool (*all_finite)(const void* in, int64_t n);
 };
 
 // Attention of up to kBlockTokens query rows of one head over listed key blocks.
@@ -54,6 +53,7 @@ struct RowArgs {
   int64_t group_size = 0;
   int64_t head_dim = 0;
   const KvPages* kv = nullptr;
+  const int32_t* page_table = nullptr;
   int32_t kv_head = 0;
   int64_t token_begin = 0;  // multiple of kBlockTokens
   int64_t token_end = 0;    // at most kRowTokens after token_begin

@@ -28,10 +28,12 @@ struct SequenceTiles {
   int32_t end_query;     // rows from the first tile's first to the last query, included
   int32_t first_token;   // row of q of the first tile's first row; may be negative
   int32_t tail_tokens;   // tokens in the last key block, 0 when it is full
+  BlockCounts* counts;   // or null; gets causal_blocks
+  uint64_t causal_blocks;
 };
 
 struct AttentionKernelParams {
-  SequenceTiles sequences[kMaxAttentionSequences];
+  SequenceTiles sequences[kMaxSequences];
   uint32_t* tile_counter;
   uint32_t num_tiles;
   uint4* out;            // for StoreRows
@@ -270,6 +272,17 @@ __device__ __forceinline__ void StoreTiles(AttentionShared<kHeadDim>& shared,
     __syncwarp();
   }
   if (lane == 0) TmaStoreWait();
+}
+
+// Adds what dense sequences come to. One thread of the launch.
+__device__ __forceinline__ void CountBlocks(const AttentionKernelParams& params) {
+#pragma unroll 1
+  for (int s = 0; s < kMaxSequences; ++s) {
+    const SequenceTiles& sequence = params.sequences[s];
+    if (sequence.counts == nullptr) continue;
+    sequence.counts->executed_blocks += sequence.causal_blocks;
+    sequence.counts->causal_blocks += sequence.causal_blocks;
+  }
 }
 
 }  // namespace headstart::cuda

@@ -14,29 +14,34 @@ TensorShape HeadPanels(const void* data, int64_t rows, int64_t row_stride, const
   return {data, {64, rows, heads.head_dim / 64, heads.num_heads}, {row_stride, 64, heads.head_dim}};
 }
 
-SequenceTiles MakeSequence(const AttentionSequence& sequence, int32_t num_heads,
+SequenceTiles MakeSequence(const AttendedSequence& sequence, int32_t num_heads,
                            uint32_t first_tile) {
-  const int64_t end = sequence.first_position + sequence.rows;
+  const SequenceRows& rows = sequence.rows;
+  const int64_t end = rows.first_position + rows.num_rows;
   SequenceTiles tiles{};
   tiles.kept = sequence.kept;
-  tiles.page_table = sequence.page_table;
-  tiles.first_row = static_cast<int32_t>(sequence.first_position / kBlockTokens);
-  tiles.query_offset = static_cast<int32_t>(sequence.first_position % kBlockTokens);
-  tiles.end_query = tiles.query_offset + static_cast<int32_t>(sequence.rows);
-  tiles.first_token = static_cast<int32_t>(sequence.first_row) - tiles.query_offset;
+  tiles.page_table = rows.page_table;
+  tiles.first_row = static_cast<int32_t>(rows.first_position / kBlockTokens);
+  tiles.query_offset = static_cast<int32_t>(rows.first_position % kBlockTokens);
+  tiles.end_query = tiles.query_offset + static_cast<int32_t>(rows.num_rows);
+  tiles.first_token = static_cast<int32_t>(rows.first_row) - tiles.query_offset;
   tiles.num_rows = static_cast<int32_t>(NumBlocks(end)) - tiles.first_row;
   tiles.end_tile = first_tile + static_cast<uint32_t>(tiles.num_rows * num_heads);
   tiles.tail_tokens = static_cast<int32_t>(end % kBlockTokens);
+  tiles.counts = sequence.counts;
+  // Of a head: first_row + 1 … first_row + num_rows.
+  tiles.causal_blocks = static_cast<uint64_t>(num_heads) * tiles.num_rows *
+                        (2 * tiles.first_row + tiles.num_rows + 1) / 2;
   return tiles;
 }
 
 AttentionKernelParams KernelParams(const AttentionParams& params) {
   const HeadShape& heads = params.kv.shape;
   // The longest sequences first, whose tiles are the longest: what is left at the end is short.
-  std::array<AttentionSequence, kMaxAttentionSequences> sequences;
+  std::array<AttendedSequence, kMaxSequences> sequences;
   const auto end = std::copy_n(params.sequences, params.num_sequences, sequences.begin());
   std::stable_sort(sequences.begin(), end, [](const auto& a, const auto& b) {
-    return a.first_position + a.rows > b.first_position + b.rows;
+    return a.rows.first_position + a.rows.num_rows > b.rows.first_position + b.rows.num_rows;
   });
   AttentionKernelParams kernel{};
   for (int i = 0; i < params.num_sequences; ++i) {
@@ -76,7 +81,7 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream) {
-  if (params.num_sequences < 1 || params.num_sequences > kMaxAttentionSequences) {
+  if (params.num_sequences < 1 || params.num_sequences > kMaxSequences) {
     return cudaErrorInvalidValue;
   }
   switch (params.kv.shape.head_dim) {

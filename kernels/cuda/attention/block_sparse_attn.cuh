@@ -1,7 +1,8 @@
 // Block-sparse causal GQA attention, forward, for sm_90a: bf16 in and out, fp32 accumulation.
 //
 // One CTA per multiprocessor takes tiles (TileAt) from a counter. Its three warpgroups:
-//   0     warp 0 loads: takes tiles, issues all TMA loads; warp 1 stores the finished tiles.
+//   0     warp 0 loads: takes tiles, issues all TMA loads; warp 1 stores the finished tiles; warp 2
+//         counts the launch's blocks.
 //   1, 2  compute, 64 query rows each. A step issues S = Q K(i+1)^T and O += P(i) V(i) back to back
 //         and does the softmax of S while the other warpgroup's products run (they hand over
 //         through two named barriers). The pipeline does not end with a tile: the next one's
@@ -256,6 +257,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       TileLoader<kHeadDim>(shared, q_map, k_map, v_map, params).Run();
     } else if (threadIdx.x < 64) {
       StoreTiles<kHeadDim>(shared, out_map, params);
+    } else if (threadIdx.x == 64 && blockIdx.x == 0) {
+      CountBlocks(params);
     }
   } else {
     RegistersGrow<232>();

@@ -22,6 +22,16 @@ __device__ __forceinline__ uint4 Pack(const Float8& v) {
   return {PackBf16(v[0], v[1]), PackBf16(v[2], v[3]), PackBf16(v[4], v[5]), PackBf16(v[6], v[7])};
 }
 
+// Whether either of two bf16 has an exponent of all ones: is infinite or NaN.
+__device__ __forceinline__ bool AnyNotFinite(uint32_t packed) {
+  return (packed & 0x7F80u) == 0x7F80u || (packed & 0x7F800000u) == 0x7F800000u;
+}
+
+__device__ __forceinline__ bool AnyNotFinite(uint4 packed) {
+  return AnyNotFinite(packed.x) || AnyNotFinite(packed.y) || AnyNotFinite(packed.z) ||
+         AnyNotFinite(packed.w);
+}
+
 // Eight consecutive fp32 values, 16-byte aligned.
 __device__ __forceinline__ Float8 LoadFloat8(const float* data) {
   const float4 a = __ldg(reinterpret_cast<const float4*>(data)),

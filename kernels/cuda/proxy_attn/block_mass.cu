@@ -1,4 +1,4 @@
-// Attention mass of the key blocks in the last query block of a chunk, exact, for every head
+// Attention mass of the key blocks in the last query block of a piece, exact, for every head
 // (ProxyAttn, arXiv 2509.24745, step 2), in three kernels: per (query, key block) the largest logit
 // and the sum of exponentials relative to it; the log-sum-exp of every query; the mass of every
 // block.
@@ -24,7 +24,7 @@ struct MassKernelParams {
   const int32_t* page_table;
   float2* partial;
   int32_t group_size, num_key_blocks, blocks_per_cta;
-  int32_t query_token;  // first query of the last block, in the chunk
+  int32_t query_token;  // first query of the last block, in the piece
   float scale_log2;
 };
 
@@ -230,7 +230,7 @@ cudaError_t LaunchBlockMass(const BlockMassParams& params, cudaStream_t stream) 
   const int64_t end = params.first_position + params.rows;
   const int num_key_blocks = static_cast<int>(NumBlocks(end));
   const int64_t last_block_begin = (num_key_blocks - 1) * kBlockTokens;
-  const MassKernelParams kernel{params.kv.page_table,
+  const MassKernelParams kernel{params.page_table,
                                 params.partial,
                                 heads.group_size(),
                                 num_key_blocks,

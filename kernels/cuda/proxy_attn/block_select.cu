@@ -58,16 +58,12 @@ __global__ void __launch_bounds__(kResolveThreads) ResolveKernel(const BlockSele
       shape.num_heads * (Triangle(shape.num_key_blocks()) - Triangle(shape.first_row));
   const bool dense =
       static_cast<double>(kept) > static_cast<double>(params.dense_above_density) * causal;
-  *params.totals = {dense ? causal : kept, causal, dense};
-}
-
-__global__ void CountBlocksKernel(const SelectionTotals* totals, SelectionTotals* sum) {
-  sum->executed_blocks += totals->executed_blocks;
-  sum->causal_blocks += totals->causal_blocks;
-}
-
-__global__ void CountFallbackKernel(const SelectionTotals* totals, SelectionTotals* sum) {
-  sum->dense_fallback += totals->dense_fallback;
+  const uint64_t executed = dense ? causal : kept;
+  *params.totals = {executed, causal, dense};
+  if (params.sum == nullptr) return;
+  params.sum->executed_blocks += executed;
+  params.sum->causal_blocks += causal;
+  params.sum->dense_fallbacks += dense;
 }
 
 constexpr int kWarps = 4;
@@ -148,7 +144,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int64_t first = shape.first_row, m = first + row;
   const int blocks = static_cast<int>(m) + 1;
   const int count =
-      params.totals->dense_fallback != 0 ? blocks : BudgetOf(params, head).Count(shape, row);
+      params.totals->dense_fallbacks != 0 ? blocks : BudgetOf(params, head).Count(shape, row);
   uint16_t* list = params.lists + head * params.head_stride + Triangle(m) - Triangle(first);
   if (lane == 0) params.counts[head * shape.num_rows + row] = count;
   if (count == blocks) {
@@ -186,18 +182,6 @@ cudaError_t LaunchBlockSelect(const BlockSelectParams& params, cudaStream_t stre
   ResolveKernel<<<1, kResolveThreads, 0, stream>>>(params);
   const dim3 grid(static_cast<unsigned>((shape.num_rows + kWarps - 1) / kWarps), shape.num_heads);
   SelectKernel<<<grid, kWarps * 32, bytes, stream>>>(params, key_capacity);
-  return cudaGetLastError();
-}
-
-cudaError_t LaunchCountBlocks(const SelectionTotals* totals, SelectionTotals* sum,
-                              cudaStream_t stream) {
-  CountBlocksKernel<<<1, 1, 0, stream>>>(totals, sum);
-  return cudaGetLastError();
-}
-
-cudaError_t LaunchCountFallback(const SelectionTotals* totals, SelectionTotals* sum,
-                                cudaStream_t stream) {
-  CountFallbackKernel<<<1, 1, 0, stream>>>(totals, sum);
   return cudaGetLastError();
 }
 

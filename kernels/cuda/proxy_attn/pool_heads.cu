@@ -76,7 +76,7 @@ cudaError_t LaunchPoolQueries(const PoolQueriesParams& params, cudaStream_t stre
 
 cudaError_t LaunchPoolKeys(const PoolKeysParams& params, cudaStream_t stream) {
   const KvPages& kv = params.kv;
-  const KeyPages source{static_cast<const Bf16*>(kv.pages), kv.page_table, kv.page_elements(),
+  const KeyPages source{static_cast<const Bf16*>(kv.pages), params.page_table, kv.page_elements(),
                         kv.shape.head_dim};
   return Launch(source, params.num_tokens, params.stride, kv.shape.num_kv_heads, params.num_groups,
                 params.out, stream);

@@ -38,7 +38,7 @@ struct Context {
 };
 
 KvPages PagesOf(const Problem& p) {
-  return {p.pages, DType::kBF16, p.page_table, {p.num_heads, p.num_kv_heads, p.head_dim}};
+  return {p.pages, DType::kBF16, {p.num_heads, p.num_kv_heads, p.head_dim}};
 }
 
 int Report(const absl::Status& status) {
@@ -72,12 +72,16 @@ int HeadstartSelect(Context* context, const Problem* p, cudaStream_t stream) {
   options.forced_density = p->forced_density;
   options.dense_tail_blocks = p->dense_tail_blocks;
   options.dense_above_density = 1.0f;
-  const KvPages kv = PagesOf(*p);
-  const headstart::Matrix q{p->q, DType::kBF16, p->rows, int64_t{p->num_heads} * p->head_dim,
-                            p->q_stride};
+  headstart::SequenceAttention sequence;
+  sequence.q = {p->q, DType::kBF16, p->rows, int64_t{p->num_heads} * p->head_dim, p->q_stride};
+  sequence.kv = PagesOf(*p);
+  sequence.page_table = p->page_table;
+  sequence.first_position = p->first_position;
+  sequence.proxy_attn = &options;
+  sequence.ends_prompt = true;
+  sequence.budget_ratio = p->budget_ratio;
   return Report(context->selector.Select(
-      {q, p->first_position, kv, 0, /*ends_prompt=*/true, &options, p->budget_ratio},
-      static_cast<uint32_t*>(context->tile_counter.get()), stream));
+      sequence, nullptr, static_cast<uint32_t*>(context->tile_counter.get()), stream));
 }
 
 int HeadstartAttention(Context* context, const Problem* p, cudaStream_t stream) {
@@ -88,7 +92,8 @@ int HeadstartAttention(Context* context, const Problem* p, cudaStream_t stream) 
   params.q_stride = p->q_stride;
   params.out_stride = int64_t{p->num_heads} * p->head_dim;
   params.kv = PagesOf(*p);
-  headstart::cuda::AttentionSequence sequence{0, p->rows, p->first_position, p->page_table, {}};
+  headstart::cuda::AttendedSequence sequence;
+  sequence.rows = {0, p->rows, p->first_position, p->page_table};
   if (p->selected != 0) sequence.kept = context->selector.kept();
   params.sequences = &sequence;
   params.num_sequences = 1;

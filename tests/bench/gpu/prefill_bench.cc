@@ -1,14 +1,15 @@
-// Time to the first token of the engine on random prompts, with a sink that throws the KV away (or
-// writes it to a file).
+// Time to the first token of the engine on random prompts: all KV in host memory, read there by
+// nobody (or written to a file).
 //
-//   prefill_bench MODEL_DIR --tokens N … [--density D …] [--preset NAME …] [--chunk N] [--repeat N]
-//                 [--prompt FILE] [--dump FILE] [--trace FILE]
+//   prefill_bench MODEL_DIR --tokens N … [--density D …] [--preset NAME …] [--gamma G …]
+//                 [--piece N] [--host-bytes N] [--repeat N] [--device NAME] [--prompt FILE]
+//                 [--dump FILE] [--trace FILE]
 //
 // A density of 0 is dense attention; others force every head's budget, with g = H, s = 16 (the
-// selection itself runs in full). A preset runs as it is. One JSON object a run on standard output.
-// The prompt is the first tokens of FILE (int32 ids, as they lie in memory), or the ids
-// (i * 7919 + 13) mod vocab_size. --trace: the last run once more, with what ran on the GPU written
-// to FILE (kernel_trace.h).
+// selection itself runs in full). A preset runs as it is; a gamma is that of `balanced`. One JSON
+// object a run on standard output. The prompt is the first tokens of FILE (int32 ids, as they lie
+// in memory), or the ids (i * 7919 + 13) mod vocab_size. --trace: the last run once more, with what
+// ran on the GPU written to FILE (kernel_trace.h).
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -21,46 +22,49 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/engine.h"
+#include "engine/stopwatch.h"
 #include "kernels/base/status_macros.h"
 #include "tests/bench/gpu/kernel_trace.h"
+#include "tests/testing/kv_collector.h"
 
 namespace headstart {
 namespace {
 
-// Writes chunks to a file: layer, first token, tokens (int64 each), then the bytes.
-class DumpingSink : public DiscardingSink {
+// Writes chunks to a file: layer, first token, tokens (int64 each), then the bytes of its pages.
+class KvDump {
  public:
-  explicit DumpingSink(const std::string& path) : file_(path, std::ios::binary) {}
-
-  absl::StatusOr<absl::Span<std::byte>> Reserve(const KvChunkInfo& chunk, int64_t bytes) override {
-    const int64_t head[3] = {chunk.layer, chunk.token_begin, chunk.token_count};
-    file_.write(reinterpret_cast<const char*>(head), sizeof(head));
-    return DiscardingSink::Reserve(chunk, bytes);
+  // An empty path: nothing is written.
+  KvDump(const std::string& path, const KvGeometry& geometry) : geometry_(geometry) {
+    if (!path.empty()) file_.open(path, std::ios::binary);
   }
-  absl::Status Commit() override {
-    file_.write(reinterpret_cast<const char*>(memory().data()),
-                static_cast<std::streamsize>(memory().size()));
+
+  void Write(const KvChunk& chunk) {
+    if (!file_.is_open()) return;
+    const int64_t head[3] = {chunk.layer, chunk.tokens.begin, chunk.tokens.count};
+    file_.write(reinterpret_cast<const char*>(head), sizeof(head));
+    file_.write(
+        reinterpret_cast<const char*>(chunk.memory->data()),
+        static_cast<std::streamsize>(NumBlocks(chunk.tokens.count) * geometry_.page_bytes()));
+  }
+  absl::Status status() const {
     return file_.good() ? absl::OkStatus() : absl::DataLossError("could not write the dump");
   }
 
  private:
+  const KvGeometry geometry_;
   std::ofstream file_;
 };
 
-std::unique_ptr<KvSink> MakeSink(const std::string& dump_file) {
-  if (dump_file.empty()) return std::make_unique<DiscardingSink>();
-  return std::make_unique<DumpingSink>(dump_file);
-}
-
-// One way to run attention: a preset, or a density that is forced.
+// One way to run attention: a preset, perhaps with a gamma of its own, or a density that is forced.
 struct Attention {
   std::string preset;
   float density = 0.0f;
+  float gamma = 0.0f;
 };
 
 struct Arguments {
-  std::string model_dir, dump_file, trace_file, prompt_file;
-  int64_t chunk = 8192, repeat = 1;
+  std::string model_dir, dump_file, trace_file, prompt_file, device = "cuda";
+  int64_t piece = 8192, host_bytes = 0, repeat = 1;
   std::vector<int64_t> tokens;
   std::vector<Attention> attentions;
 };
@@ -72,13 +76,17 @@ Arguments Parse(int argc, char** argv) {
     const std::string name = argv[i];
     const char* value = argv[i + 1];
     if (name == "--tokens") arguments.tokens.push_back(std::atoll(value));
-    if (name == "--chunk") arguments.chunk = std::atoll(value);
+    if (name == "--piece") arguments.piece = std::atoll(value);
+    if (name == "--host-bytes") arguments.host_bytes = std::atoll(value);
     if (name == "--repeat") arguments.repeat = std::atoll(value);
+    if (name == "--device") arguments.device = value;
     if (name == "--dump") arguments.dump_file = value;
     if (name == "--trace") arguments.trace_file = value;
     if (name == "--prompt") arguments.prompt_file = value;
     if (name == "--density") arguments.attentions.push_back({"", std::strtof(value, nullptr)});
-    if (name == "--preset") arguments.attentions.push_back({value, 0.0f});
+    if (name == "--preset") arguments.attentions.push_back({value});
+    if (name == "--gamma")
+      arguments.attentions.push_back({"balanced", 0.0f, std::strtof(value, nullptr)});
   }
   if (arguments.attentions.empty()) arguments.attentions = {Attention()};
   return arguments;
@@ -106,7 +114,9 @@ absl::StatusOr<ProxyAttnOptions> OptionsOf(const Attention& attention, const Hea
   if (!attention.preset.empty()) {
     const auto preset = ParseAttentionPreset(attention.preset);
     if (!preset.ok()) return preset.status();
-    return ResolvePreset(*preset, heads);
+    ProxyAttnOptions options = ResolvePreset(*preset, heads);
+    if (attention.gamma > 0.0f) options.gamma = attention.gamma;
+    return options;
   }
   if (attention.density == 0.0f) return ProxyAttnOptions();
   ProxyAttnOptions options = ResolvePreset(AttentionPreset::kBalanced, heads);
@@ -124,21 +134,28 @@ double DeviceGigabytesInUse() {
 absl::Status RunOnce(Engine& engine, const Arguments& arguments, int64_t tokens,
                      const Attention& attention) {
   const ModelConfig& config = engine.config();
-  PrefillJob job;
-  HEADSTART_ASSIGN_OR_RETURN(job.token_ids, MakePrompt(arguments, tokens, config.vocab_size));
-  HEADSTART_ASSIGN_OR_RETURN(job.attention, OptionsOf(attention, config.heads));
-  const std::unique_ptr<KvSink> sink = MakeSink(arguments.dump_file);
-  const auto result = engine.RunPrefill(job, *sink);
+  PrefillRequest request;
+  HEADSTART_ASSIGN_OR_RETURN(request.token_ids, MakePrompt(arguments, tokens, config.vocab_size));
+  HEADSTART_ASSIGN_OR_RETURN(request.attention, OptionsOf(attention, config.heads));
+  KvDump dump(arguments.dump_file, engine.geometry());
+  const Stopwatch stopwatch;
+  HEADSTART_ASSIGN_OR_RETURN(const Submission submission, engine.Submit(std::move(request)));
+  const auto result = testing::Drain(
+      *submission.reader, [&dump](const ShipmentReader::Chunk& chunk) { dump.Write(chunk.chunk); });
+  const double seconds = stopwatch.seconds();
+  engine.End(submission.key, absl::CancelledError("measured"));
   if (!result.ok()) return result.status();
+  HEADSTART_RETURN_IF_ERROR(dump.status());
   const auto executed = static_cast<double>(result->executed_blocks);
   std::printf(
-      "{\"tokens\": %lld, \"chunk\": %lld, \"preset\": \"%s\", \"asked_density\": %g, "
+      "{\"tokens\": %lld, \"piece\": %lld, \"preset\": \"%s\", \"gamma\": %g, \"asked_density\": "
+      "%g, "
       "\"density\": %.4f, \"ttft_ms\": "
       "%.1f, \"attention_ms\": %.1f, \"selection_ms\": %.1f, \"device_gb\": %.2f, \"token\": %d, "
       "\"logprob\": %.4f}\n",
-      static_cast<long long>(tokens), static_cast<long long>(arguments.chunk),
-      attention.preset.c_str(), attention.density,
-      executed / static_cast<double>(result->causal_blocks), result->total_seconds * 1e3,
+      static_cast<long long>(tokens), static_cast<long long>(arguments.piece),
+      attention.preset.c_str(), attention.gamma, attention.density,
+      executed / static_cast<double>(result->causal_blocks), seconds * 1e3,
       result->attention_seconds * 1e3, result->selection_seconds * 1e3, DeviceGigabytesInUse(),
       result->first_token.id, result->first_token.logprob);
   std::fflush(stdout);
@@ -148,10 +165,13 @@ absl::Status RunOnce(Engine& engine, const Arguments& arguments, int64_t tokens,
 absl::Status Run(const Arguments& arguments) {
   EngineOptions options;
   options.model_dir = arguments.model_dir;
-  options.backend.device = "cuda";
+  options.backend.device = arguments.device;
   options.max_prompt_tokens = *std::max_element(arguments.tokens.begin(), arguments.tokens.end());
-  options.chunk_tokens = arguments.chunk;
-  HEADSTART_ASSIGN_OR_RETURN(const auto engine, Engine::Create(options, [](int64_t, int64_t) {}));
+  options.piece_tokens = arguments.piece;
+  options.host_kv_bytes = arguments.host_bytes;
+  HEADSTART_ASSIGN_OR_RETURN(auto backend, MakeBackend(options.backend));
+  HEADSTART_ASSIGN_OR_RETURN(const auto engine, testing::MakeEngine(options, std::move(backend)));
+  engine->Open();
   for (const int64_t tokens : arguments.tokens) {
     for (const Attention& attention : arguments.attentions) {
       for (int64_t r = 0; r < arguments.repeat; ++r) {
@@ -175,7 +195,8 @@ int main(int argc, char** argv) {
     std::fprintf(
         stderr,
         "usage: prefill_bench MODEL_DIR --tokens N ... [--density D ...] [--preset NAME ...] "
-        "[--chunk N] [--repeat N] [--prompt FILE] [--dump FILE] [--trace FILE]\n");
+        "[--gamma G ...] [--piece N] [--host-bytes N] [--repeat N] [--prompt FILE] [--dump FILE] "
+        "[--trace FILE]\n");
     return 2;
   }
   const absl::Status status = headstart::Run(arguments);

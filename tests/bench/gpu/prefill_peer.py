@@ -35,6 +35,8 @@ SHAPES = {
 COMMON = dict(hidden_act="silu", max_position_embeddings=262144, rms_norm_eps=1e-5, tie_word_embeddings=False,
               torch_dtype="bfloat16", bos_token_id=0, eos_token_id=1)
 
+PAGE_TOKENS = 128
+
 
 def make(shape, directory):
     config = {**COMMON, **SHAPES[shape]}
@@ -122,9 +124,11 @@ def compare(directory, tokens, dump, token, logprob):
             layer, begin, count = struct.unpack("qqq", head)
             expected = [layers[layer].keys, layers[layer].values]
             dim = expected[0].shape[-1]
-            data = bytearray(file.read(2 * kv_heads * count * dim * 2))
-            planes = torch.frombuffer(data, dtype=torch.bfloat16).view(2, kv_heads, count, dim).cuda().float()
-            for ours, theirs in zip(planes, expected):
+            pages = (count + PAGE_TOKENS - 1) // PAGE_TOKENS
+            data = bytearray(file.read(pages * 2 * kv_heads * PAGE_TOKENS * dim * 2))
+            planes = torch.frombuffer(data, dtype=torch.bfloat16).view(pages, 2, kv_heads, PAGE_TOKENS, dim)
+            planes = planes.permute(1, 2, 0, 3, 4).reshape(2, kv_heads, pages * PAGE_TOKENS, dim)[:, :, :count]
+            for ours, theirs in zip(planes.cuda().float(), expected):
                 theirs = theirs[0, :, begin:begin + count].float()
                 worst = max(worst, ((ours - theirs).norm() / theirs.norm()).item())
     best = logprobs.max().item()

@@ -1,0 +1,53 @@
+#include "engine/memory_plan.h"
+
+#include <algorithm>
+
+#include "engine/run/decoder.h"
+#include "engine/run/request_slot.h"
+
+namespace headstart {
+namespace {
+
+// One layer's linear weights and biases, in elements.
+int64_t LinearElements(const ModelConfig& c) {
+  const int64_t hidden = c.hidden_size;
+  const int64_t ffn = c.intermediate_size;
+  const int64_t q_size = int64_t{c.heads.num_heads} * c.heads.head_dim;
+  return c.heads.qkv_cols() * hidden + q_size * hidden + 3 * ffn * hidden;
+}
+
+// One layer's vectors, kept in f32: norms and biases.
+int64_t VectorElements(const ModelConfig& c) {
+  int64_t elements = int64_t{2} * c.hidden_size;
+  if (c.qk_norm) elements += int64_t{2} * c.heads.head_dim;
+  if (c.qkv_bias) elements += c.heads.qkv_cols();
+  if (c.o_bias) elements += c.hidden_size;
+  if (c.mlp_bias) elements += int64_t{2} * c.intermediate_size + c.hidden_size;
+  return elements;
+}
+
+}  // namespace
+
+MemoryPlan PlanMemory(const ModelConfig& config, DType compute_dtype, int64_t max_rows,
+                      int64_t kv_pool_tokens, int32_t num_slots) {
+  const int64_t pool_tokens = NumBlocks(kv_pool_tokens) * kBlockTokens;
+  const int64_t f32 = DTypeBytes(DType::kF32);
+  const int64_t vocabulary = int64_t{config.vocab_size} * config.hidden_size;
+  MemoryPlan plan;
+  // The embedding and the output projection are kept apart even when they are tied: one is looked
+  // up, the other multiplied.
+  plan.weight_bytes =
+      (config.num_layers * LinearElements(config) + 2 * vocabulary) * DTypeBytes(compute_dtype) +
+      (config.num_layers * VectorElements(config) + config.hidden_size) * f32;
+  plan.kv_bytes_per_token = config.KvBytesPerToken(compute_dtype);
+  plan.kv_pool_bytes = pool_tokens * plan.kv_bytes_per_token;
+  const int64_t positions = std::min(config.max_positions, pool_tokens);
+  const int64_t rope_bytes = positions * config.heads.head_dim * f32;  // cosines and sines
+  plan.workspace_bytes = rope_bytes +
+                         num_slots * RequestSlot::Bytes(config, pool_tokens / kBlockTokens) +
+                         ActivationBytes(config, compute_dtype, /*residual_dtype=*/DType::kF32,
+                                         std::min(max_rows, pool_tokens), /*max_pieces=*/1);
+  return plan;
+}
+
+}  // namespace headstart

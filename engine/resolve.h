@@ -1,0 +1,58 @@
+// What a model comes to on a machine, before anything is loaded: one answer for everyone who asks.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "engine/memory_plan.h"
+#include "engine/model/model_config.h"
+#include "engine/schedule/scheduler.h"
+#include "engine/ship/kv_part.h"
+#include "kernels/backend.h"
+
+namespace headstart {
+
+struct EngineOptions {
+  std::string model_dir;
+  std::string model_name;  // empty: the folder's name
+  BackendOptions backend;
+  int64_t max_prompt_tokens = 0;  // 0: the model's context, or what the KV pool holds if it is less
+  // Most tokens that go through the layers at once; a multiple of kBlockTokens.
+  int64_t piece_tokens = 8192;
+  int64_t kv_pool_tokens = 0;  // 0: one longest prompt
+  // KV on its way out. 0: what 8 longest prompts have, 2 GiB at most; but two pieces at least: one
+  // is sent while the next one comes.
+  int64_t host_kv_bytes = 0;
+
+  // See SchedulerOptions.
+  int64_t max_requests = 64;
+  int64_t max_tokens = 1 << 20;
+  absl::Duration default_lease = absl::Seconds(60);
+  absl::Duration max_lease = absl::Minutes(10);
+  absl::Duration stall_timeout = absl::Seconds(30);
+};
+
+struct ResolvedModel {
+  EngineOptions options;  // no zeros left; max_prompt_tokens is what the KV pool holds, too
+  ModelConfig config;
+  KvGeometry geometry;
+  int64_t prompt_limit = 0;  // the model's, or the operator's; the pool may hold less
+  int64_t max_rows = 0;      // tokens of the largest piece
+  MemoryPlan plan;
+};
+
+// Reads config.json, loads nothing. `backend` may be null: then the plan knows no scratch, and
+// compute_dtype is the caller's guess. INVALID_ARGUMENT: the model can't be run, or an option does
+// not suit it.
+absl::StatusOr<ResolvedModel> ResolveModel(const EngineOptions& options, DType compute_dtype,
+                                           const Backend* backend);
+
+// RESOURCE_EXHAUSTED says how many bytes are missing on the device.
+absl::Status CheckFits(const MemoryPlan& plan, const Backend& backend);
+
+SchedulerOptions SchedulerOptionsOf(const ResolvedModel& model);
+
+}  // namespace headstart
