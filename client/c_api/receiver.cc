@@ -178,8 +178,9 @@ void headstart_reply_free(HeadstartReply* reply) {
 HeadstartReply* headstart_client_new(const HeadstartClientOptions* options,
                                      HeadstartClient** client) {
   auto created = headstart::PrefillClient::Create(headstart::ClientOptions(*options));
+  const absl::Status status = created.status();
   if (created.ok()) *client = new HeadstartClient{*std::move(created)};
-  return headstart::Reply(created.status());
+  return headstart::Reply(status);
 }
 
 void headstart_client_free(HeadstartClient* client) { delete client; }

@@ -123,6 +123,7 @@ v1::AttentionPreset PresetNamed(const std::string& name) { return Presets().at(n
 
 void KeepReceiveMemory() {
 #ifdef __GLIBC__
+  // NOLINTNEXTLINE(concurrency-mt-unsafe): the program has no other thread yet
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
 #endif
 }
