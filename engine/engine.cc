@@ -233,8 +233,8 @@ void Engine::Compute() {
 
 std::optional<Step> Engine::WaitForStep() {
   bool waits_for_room = false;
-  while (!stopping_.load()) {
-    const uint64_t seen = work_.count();
+  // Counted before anything is looked at, the end included: no word of it is missed.
+  for (uint64_t seen = work_.count(); !stopping_.load(); seen = work_.count()) {
     const bool waited_for_room = waits_for_room;
     {
       MutexLock lock(&mutex_);
@@ -273,8 +273,7 @@ void Engine::Finish(Step step, StepResult result) {
 }
 
 void Engine::WatchExpiry() {
-  while (!stopping_.load()) {
-    const uint64_t seen = expiry_.count();
+  for (uint64_t seen = expiry_.count(); !stopping_.load(); seen = expiry_.count()) {
     absl::Time next;
     bool ended = false;
     {
