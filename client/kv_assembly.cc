@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/manifest_check.h"
+#include "client/prefix_check.h"
 #include "google/protobuf/util/message_differencer.h"
 #include "kernels/base/status_macros.h"
 
@@ -52,8 +53,9 @@ absl::Status KvAssembly::OnManifest(const v1::KvManifest& manifest) {
 absl::Status KvAssembly::TakeManifest(const v1::KvManifest& manifest) {
   HEADSTART_RETURN_IF_ERROR(CheckLayout(manifest));
   HEADSTART_RETURN_IF_ERROR(CheckExpectation(manifest, options_.expected));
+  HEADSTART_RETURN_IF_ERROR(CheckPrefix(manifest, options_.expected));
   HEADSTART_ASSIGN_OR_RETURN(part_, WholeRanges(part_, manifest.layout()));
-  HEADSTART_ASSIGN_OR_RETURN(shape_, ShapeOfPart(manifest, part_, options_.expected.skip_tokens));
+  shape_ = ShapeOfPart(manifest, part_);
   if (shape_.num_tokens > options_.max_kv_bytes / (shape_.num_layers * shape_.token_bytes())) {
     return absl::ResourceExhaustedError(absl::StrCat(
         "the KV of ", shape_.num_tokens, " tokens at ", shape_.num_layers * shape_.token_bytes(),
@@ -82,10 +84,10 @@ absl::Status KvAssembly::Commit(const KvRange& range) {
   HEADSTART_RETURN_IF_ERROR(failure_);
   times_.last_chunk = absl::Now();
   if (num_chunks_++ == 0) times_.first_chunk = times_.last_chunk;
-  kv_bytes_ += range.token_count * shape_.token_bytes();
+  kv_bytes_ += RangeBytes(shape_, range);
   int64_t& tokens = layer_tokens_[range.layer];
   tokens += range.token_count;
-  if (options_.on_progress) options_.on_progress(kv_bytes_, shape_.total_bytes());
+  if (options_.on_progress) options_.on_progress(kv_bytes_, shape_.wire_bytes());
   if (tokens == shape_.num_tokens && options_.on_layer)
     failure_ = options_.on_layer(part_.layer_begin() + range.layer);
   return failure_;
@@ -94,13 +96,14 @@ absl::Status KvAssembly::Commit(const KvRange& range) {
 absl::Status KvAssembly::OnCompleted(v1::Completed completed) {
   absl::MutexLock lock(&mutex_);
   if (!completed.has_first_token()) return absl::DataLossError("completed: no first_token");
-  HEADSTART_RETURN_IF_ERROR(CheckFinalManifest(manifest_, completed.manifest()));
+  HEADSTART_RETURN_IF_ERROR(CheckFinalManifest(manifest_, completed.manifest(), options_.expected));
   if (completed_.has_first_token() &&
       !(MessageDifferencer::Equals(completed.first_token(), completed_.first_token()) &&
         MessageDifferencer::Equals(completed.manifest(), completed_.manifest()))) {
     return absl::DataLossError("completed: not what another stream of the same prompt says");
   }
   times_.completed = absl::Now();
+  if (!completed_.has_first_token()) times_.first_token = times_.completed;
   if (!completed_.has_first_token() || TotalTime(completed) > TotalTime(completed_))
     completed_ = std::move(completed);
   return absl::OkStatus();
@@ -110,9 +113,9 @@ absl::Status KvAssembly::CheckWhole() const {
   absl::MutexLock lock(&mutex_);
   if (!completed_.has_first_token())
     return absl::DataLossError("all streams ended, none with `completed`");
-  if (kv_bytes_ == shape_.total_bytes()) return absl::OkStatus();
+  if (kv_bytes_ == shape_.wire_bytes()) return absl::OkStatus();
   return absl::DataLossError(
-      absl::StrCat("completed after ", kv_bytes_, " of ", shape_.total_bytes(), " KV bytes"));
+      absl::StrCat("completed after ", kv_bytes_, " of ", shape_.wire_bytes(), " KV bytes"));
 }
 
 int64_t KvAssembly::num_chunks() const {

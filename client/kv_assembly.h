@@ -28,8 +28,14 @@ struct KvExpectation {
   int64_t num_kv_heads = 0;
   int64_t head_dim = 0;
   v1::KvDtype dtype = v1::KV_DTYPE_UNSPECIFIED;
-  bool dense = false;       // the request forbade sparse attention
-  int64_t skip_tokens = 0;  // of the request: exactly the KV of the tokens behind these comes
+  bool dense = false;  // the request forbade sparse attention
+  // Of the request: the KV of so many tokens in front does not come, nor need that of the pages
+  // that are named in held_pages.
+  int64_t skip_tokens = 0;
+  std::string held_pages;
+  std::string cache_salt;  // of the request, as is prefix_reuse
+  v1::PrefixReuse prefix_reuse = v1::PREFIX_REUSE_SAME_ATTENTION;
+  std::vector<uint32_t> token_ids;  // the prompt: names of pages are checked against it
 };
 
 // The callbacks run on the threads that read the streams, never two at a time; the streams stand
@@ -57,7 +63,8 @@ struct KvTimes {
   absl::Time manifest = absl::InfinitePast();
   absl::Time first_chunk = absl::InfinitePast();
   absl::Time last_chunk = absl::InfinitePast();
-  absl::Time completed = absl::InfinitePast();
+  absl::Time first_token = absl::InfinitePast();  // with the first stream that ended
+  absl::Time completed = absl::InfinitePast();    // with the last one
 };
 
 // Tokens that came, as ranges that neither overlap nor touch.

@@ -7,6 +7,7 @@
 #include "absl/container/flat_hash_set.h"
 #include "absl/numeric/int128.h"
 #include "absl/strings/str_cat.h"
+#include "client/fp8.h"
 #include "kernels/base/status_macros.h"
 
 namespace headstart {
@@ -42,6 +43,18 @@ absl::Status CheckPageTable(const KvDestination& destination, const PageRange& p
   return absl::OkStatus();
 }
 
+absl::Status CheckValues(const KvDestination& destination, const KvShape& shape) {
+  const auto num_scales = static_cast<int64_t>(destination.scales.size());
+  if (destination.values == KvValues::kAsSent && num_scales != shape.num_scales()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("scales has ", num_scales, " values, the KV ", shape.num_scales()));
+  }
+  if (destination.values == KvValues::kAsSent || shape.has_scales()) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("values: the KV has elements of ",
+                                                 shape.element_bytes,
+                                                 " bytes; only fp8 is multiplied out"));
+}
+
 // Bytes from a plane's base to the end of the furthest row that may be written, without overflow.
 absl::int128 ReachedBytes(const KvDestination& destination, const KvShape& shape,
                           const PageRange& pages) {
@@ -57,6 +70,12 @@ absl::int128 ReachedBytes(const KvDestination& destination, const KvShape& shape
 
 }  // namespace
 
+KvShape ShapeOfValues(KvShape shape, KvValues values) {
+  if (values == KvValues::kBF16) shape.element_bytes = 2;
+  if (values == KvValues::kF32) shape.element_bytes = 4;
+  return shape;
+}
+
 KvStrides PackedStrides(const KvShape& shape, PageLayout layout, int64_t page_tokens) {
   const int64_t row = shape.row_bytes();
   const int64_t page = shape.num_kv_heads * page_tokens * row;
@@ -64,7 +83,9 @@ KvStrides PackedStrides(const KvShape& shape, PageLayout layout, int64_t page_to
   return {.page = page, .head = row, .token = shape.num_kv_heads * row};
 }
 
-absl::StatusOr<KvDestination> ContiguousKv(const KvShape& shape, absl::Span<std::byte> memory) {
+absl::StatusOr<KvDestination> ContiguousKv(const KvShape& sent, absl::Span<std::byte> memory,
+                                           KvValues values) {
+  const KvShape shape = ShapeOfValues(sent, values);
   if (static_cast<int64_t>(memory.size()) != shape.total_bytes()) {
     return absl::InvalidArgumentError(
         absl::StrCat("memory has ", memory.size(), " bytes, the KV is ", shape.total_bytes()));
@@ -75,7 +96,8 @@ absl::StatusOr<KvDestination> ContiguousKv(const KvShape& shape, absl::Span<std:
                             .page_tokens = shape.num_tokens,
                             .page_table = {0},
                             .strides = PackedStrides(shape, PageLayout::kHnd, shape.num_tokens),
-                            .token_begin = shape.token_begin};
+                            .token_begin = shape.token_begin,
+                            .values = values};
   destination.layers.reserve(shape.num_layers);
   for (int64_t l = 0; l < shape.num_layers; ++l) {
     std::byte* layer = memory.data() + 2 * l * plane;
@@ -84,8 +106,8 @@ absl::StatusOr<KvDestination> ContiguousKv(const KvShape& shape, absl::Span<std:
   return destination;
 }
 
-absl::StatusOr<KvBuffer> AllocateKv(const KvShape& shape) {
-  KvBuffer buffer{.data = nullptr, .bytes = shape.total_bytes()};
+absl::StatusOr<KvBuffer> AllocateKv(const KvShape& shape, KvValues values) {
+  KvBuffer buffer{.data = nullptr, .bytes = ShapeOfValues(shape, values).total_bytes()};
   buffer.data.reset(new (std::nothrow) std::byte[buffer.bytes]);
   if (buffer.data == nullptr) {
     return absl::ResourceExhaustedError(
@@ -94,7 +116,9 @@ absl::StatusOr<KvBuffer> AllocateKv(const KvShape& shape) {
   return buffer;
 }
 
-absl::Status CheckDestination(const KvDestination& destination, const KvShape& shape) {
+absl::Status CheckDestination(const KvDestination& destination, const KvShape& sent) {
+  HEADSTART_RETURN_IF_ERROR(CheckValues(destination, sent));
+  const KvShape shape = ShapeOfValues(sent, destination.values);
   if (static_cast<int64_t>(destination.layers.size()) != shape.num_layers) {
     return absl::InvalidArgumentError(absl::StrCat("layers has ", destination.layers.size(),
                                                    " entries, the model ", shape.num_layers));
@@ -128,9 +152,12 @@ ChunkScatter::ChunkScatter(const KvDestination& destination, const KvShape& shap
                            const KvRange& range)
     : destination_(destination),
       shape_(shape),
+      value_bytes_(ShapeOfValues(shape, destination.values).element_bytes),
       range_(range),
       token_(range.token_begin),
-      page_begin_(range.token_begin) {}
+      page_begin_(range.token_begin),
+      scales_(static_cast<size_t>(shape.page_scales())),
+      scale_bytes_missing_(shape.page_scales() * int64_t{sizeof(float)}) {}
 
 void ChunkScatter::NextRuns() {
   const KvStrides& strides = destination_.strides;
@@ -142,7 +169,8 @@ void ChunkScatter::NextRuns() {
   const int64_t page_end =
       std::min((page_begin_ / shape_.block_tokens + 1) * shape_.block_tokens, range_.token_end());
   const int64_t tokens = std::min(page_end - token_, destination_.page_tokens - slot);
-  const bool rows_touch = strides.token == shape_.row_bytes();
+  const bool rows_touch = strides.token == shape_.head_dim * value_bytes_;
+  if (!scales_.empty()) run_scale_ = scales_[plane_ * shape_.num_kv_heads + head_];
   num_runs_ = rows_touch ? 1 : tokens;
   run_bytes_ = (rows_touch ? tokens : 1) * shape_.row_bytes();
   token_ += tokens;
@@ -153,24 +181,55 @@ void ChunkScatter::NextRuns() {
   if (++plane_ < 2) return;
   plane_ = 0;
   token_ = page_begin_ = page_end;
+  scale_bytes_missing_ = static_cast<int64_t>(scales_.size() * sizeof(float));
+}
+
+void ChunkScatter::TakeScales(absl::string_view& piece) {
+  const auto all = static_cast<int64_t>(scales_.size() * sizeof(float));
+  const int64_t bytes = std::min<int64_t>(piece.size(), scale_bytes_missing_);
+  std::memcpy(reinterpret_cast<char*>(scales_.data()) + all - scale_bytes_missing_, piece.data(),
+              bytes);
+  piece.remove_prefix(bytes);
+  scale_bytes_missing_ -= bytes;
+  if (scale_bytes_missing_ > 0 || destination_.values != KvValues::kAsSent) return;
+  const int64_t pages = shape_.num_pages(shape_.token_begin, shape_.token_end());
+  const int64_t page = range_.layer * pages + shape_.PageOf(page_begin_);
+  std::copy(scales_.begin(), scales_.end(),
+            destination_.scales.begin() + page * shape_.page_scales());
+}
+
+std::byte* ChunkScatter::Put(absl::string_view& piece, int64_t bytes, std::byte* to) const {
+  switch (destination_.values) {
+    case KvValues::kAsSent:
+      std::memcpy(to, piece.data(), bytes);
+      break;
+    case KvValues::kBF16:
+      MultiplyOutToBF16(piece.data(), bytes, run_scale_, to);
+      break;
+    case KvValues::kF32:
+      MultiplyOutToF32(piece.data(), bytes, run_scale_, to);
+      break;
+  }
+  piece.remove_prefix(bytes);
+  // In this order: what is kept as sent may be cut inside an element.
+  return to + bytes * value_bytes_ / shape_.element_bytes;
 }
 
 void ChunkScatter::Write(absl::string_view piece) {
-  const auto take = [&piece](std::byte* to, int64_t bytes) {
-    std::memcpy(to, piece.data(), bytes);
-    piece.remove_prefix(bytes);
-  };
   while (!piece.empty()) {
     if (rest_bytes_ > 0) {
       const int64_t bytes = std::min<int64_t>(piece.size(), rest_bytes_);
-      take(rest_, bytes);
-      rest_ += bytes;
+      rest_ = Put(piece, bytes, rest_);
       rest_bytes_ -= bytes;
+      continue;
+    }
+    if (num_runs_ == 0 && scale_bytes_missing_ > 0) {
+      TakeScales(piece);
       continue;
     }
     if (num_runs_ == 0) NextRuns();
     for (; num_runs_ > 0 && static_cast<int64_t>(piece.size()) >= run_bytes_; --num_runs_) {
-      take(run_, run_bytes_);
+      Put(piece, run_bytes_, run_);
       run_ += destination_.strides.token;
     }
     if (num_runs_ == 0) continue;

@@ -20,9 +20,9 @@ struct KvShape {
   int64_t num_kv_heads = 0;
   int64_t head_dim = 0;
   int64_t num_tokens = 0;
-  int64_t element_bytes = 0;
-  int64_t token_begin = 0;   // the first token that comes: the request's skip_tokens
-  int64_t block_tokens = 0;  // of a KV page on the wire
+  int64_t element_bytes = 0;  // on the wire; 1: fp8, with scales
+  int64_t token_begin = 0;    // the first token that comes: the manifest's skip_tokens
+  int64_t block_tokens = 0;   // of a KV page on the wire
 
   int64_t token_end() const { return token_begin + num_tokens; }
   int64_t row_bytes() const { return head_dim * element_bytes; }
@@ -30,8 +30,29 @@ struct KvShape {
   int64_t token_bytes() const { return 2 * num_kv_heads * row_bytes(); }
   // K or V of one layer.
   int64_t plane_bytes() const { return num_kv_heads * num_tokens * row_bytes(); }
+  // Without scales.
   int64_t total_bytes() const { return 2 * num_layers * plane_bytes(); }
+
+  // Scales of a page on the wire, float32 [K, V][num_kv_heads]; none but of fp8.
+  bool has_scales() const { return element_bytes == 1; }
+  int64_t page_scales() const { return has_scales() ? 2 * num_kv_heads : 0; }
+  // Pages on the wire that hold tokens [begin, end), and the number of a token's.
+  int64_t num_pages(int64_t begin, int64_t end) const {
+    return PageOf(end - 1) - PageOf(begin) + 1;
+  }
+  int64_t PageOf(int64_t token) const { return token / block_tokens - token_begin / block_tokens; }
+  int64_t num_scales() const {
+    return has_scales() ? num_layers * num_pages(token_begin, token_end()) * page_scales() : 0;
+  }
+  // Of all layers on the wire, scales included.
+  int64_t wire_bytes() const { return total_bytes() + num_scales() * int64_t{sizeof(float)}; }
 };
+
+// How the KV lies in a destination: as it is sent, or fp8 multiplied out.
+enum class KvValues : uint8_t { kAsSent, kBF16, kF32 };
+
+// The shape of these values: its rows, planes and total are those of a destination that holds them.
+KvShape ShapeOfValues(KvShape shape, KvValues values);
 
 // Distances in bytes. Elements of a row (one head of one token) always lie side by side.
 struct KvStrides {
@@ -58,6 +79,10 @@ struct KvDestination {
   // The token in the first slot of page_table[0]; not behind the first one that comes. Pages that
   // hold only tokens before that are not looked at.
   int64_t token_begin = 0;
+  KvValues values = KvValues::kAsSent;
+  // Of fp8 as it is sent: [layers][pages on the wire][K, V][num_kv_heads]. The first page is that
+  // of the first token that comes. What a byte stands for is its E4M3 number times the scale.
+  absl::Span<float> scales = {};
 };
 
 enum class PageLayout : uint8_t { kHnd, kNhd };  // [heads][tokens][dim], [tokens][heads][dim]
@@ -66,9 +91,11 @@ enum class PageLayout : uint8_t { kHnd, kNhd };  // [heads][tokens][dim], [token
 // neighbours, double `page`.
 KvStrides PackedStrides(const KvShape& shape, PageLayout layout, int64_t page_tokens);
 
-// [layer][K, V][kv_heads][num_tokens][head_dim]. INVALID_ARGUMENT when `memory` is not exactly
-// shape.total_bytes().
-absl::StatusOr<KvDestination> ContiguousKv(const KvShape& shape, absl::Span<std::byte> memory);
+// [layer][K, V][kv_heads][num_tokens][head_dim]. INVALID_ARGUMENT when `memory` is not exactly the
+// total_bytes() of the values. The scales of fp8 that is kept as it is sent are the caller's to
+// add.
+absl::StatusOr<KvDestination> ContiguousKv(const KvShape& shape, absl::Span<std::byte> memory,
+                                           KvValues values = KvValues::kAsSent);
 
 // Memory for a contiguous destination, not initialised. RESOURCE_EXHAUSTED when there is not
 // enough.
@@ -78,10 +105,11 @@ struct KvBuffer {
 
   absl::Span<std::byte> span() const { return {data.get(), static_cast<size_t>(bytes)}; }
 };
-absl::StatusOr<KvBuffer> AllocateKv(const KvShape& shape);
+absl::StatusOr<KvBuffer> AllocateKv(const KvShape& shape, KvValues values = KvValues::kAsSent);
 
-// INVALID_ARGUMENT when the shape would be written outside of plane_bytes, a page is used twice, or
-// a field makes no sense. Whether rows overlap through small strides is the caller's business.
+// INVALID_ARGUMENT when the shape would be written outside of plane_bytes, a page is used twice,
+// fp8 is to be kept without room for its scales, other KV is to be multiplied out, or a field makes
+// no sense. Whether rows overlap through small strides is the caller's business.
 absl::Status CheckDestination(const KvDestination& destination, const KvShape& shape);
 
 // What a chunk carries: all heads of some tokens. `layer` counts from the first one of the part.
@@ -93,9 +121,17 @@ struct KvRange {
   int64_t token_end() const { return token_begin + token_count; }
 };
 
-// Spreads the bytes of one chunk over a destination: page after page of the wire, each K, then V,
-// each [heads][tokens of the page][head_dim]. The bytes may come in pieces of any size. The
-// destination was checked, the range lies inside the shape, and both outlive this object.
+// On the wire, scales included. Pages are not shared by ranges.
+inline int64_t RangeBytes(const KvShape& shape, const KvRange& range) {
+  const int64_t pages = shape.num_pages(range.token_begin, range.token_end());
+  return range.token_count * shape.token_bytes() +
+         pages * shape.page_scales() * int64_t{sizeof(float)};
+}
+
+// Spreads the bytes of one chunk over a destination: page after page of the wire, each the scales
+// of fp8, K, then V, each [heads][tokens of the page][head_dim]. The bytes may come in pieces of
+// any size. The destination was checked, the range lies inside the shape, and both outlive this
+// object.
 class ChunkScatter {
  public:
   ChunkScatter(const KvDestination& destination, const KvShape& shape, const KvRange& range);
@@ -106,9 +142,14 @@ class ChunkScatter {
  private:
   // Goes on to the tokens that share a page of the wire and one of the destination.
   void NextRuns();
+  // Takes what is missing of the page's scales from the front of the piece.
+  void TakeScales(absl::string_view& piece);
+  // The next `bytes` of the piece, to where they belong; returns what is behind them there.
+  std::byte* Put(absl::string_view& piece, int64_t bytes, std::byte* to) const;
 
   const KvDestination& destination_;
   const KvShape& shape_;
+  const int64_t value_bytes_;  // of an element of the destination
   const KvRange range_;
   // What NextRuns begins with: K (0) or V (1), head and token; the page of the wire starts at
   // page_begin_.
@@ -120,10 +161,13 @@ class ChunkScatter {
   // many of them. `num_runs_` of `run_bytes_` each have not begun, the next one at `run_`.
   std::byte* run_ = nullptr;
   int64_t num_runs_ = 0;
-  int64_t run_bytes_ = 0;
+  int64_t run_bytes_ = 0;  // on the wire, as rest_bytes_
+  float run_scale_ = 1;
   // What is left of the run that has begun.
   std::byte* rest_ = nullptr;
   int64_t rest_bytes_ = 0;
+  std::vector<float> scales_;  // of the page
+  int64_t scale_bytes_missing_ = 0;
 };
 
 }  // namespace headstart

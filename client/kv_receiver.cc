@@ -95,7 +95,7 @@ absl::Status KvReceiver::CheckChunk(const KvChunkView& chunk) const {
   }
   const KvRange range = RangeOf(chunk);
   HEADSTART_RETURN_IF_ERROR(CheckTokens(chunk, range));
-  const int64_t bytes = range.token_count * assembly_.shape().token_bytes();
+  const int64_t bytes = RangeBytes(assembly_.shape(), range);
   if (chunk.data_bytes() == bytes) return absl::OkStatus();
   return ChunkError(chunk, absl::StrCat("data has ", chunk.data_bytes(), " bytes, not ", bytes));
 }

@@ -4,6 +4,7 @@
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "client/prefix_check.h"
 #include "google/protobuf/util/message_differencer.h"
 #include "kernels/base/status_macros.h"
 
@@ -31,6 +32,8 @@ absl::Status CheckEqual(const char* field, const T& got, const T& expected) {
 
 int64_t KvDtypeBytes(v1::KvDtype dtype) {
   switch (dtype) {
+    case v1::KV_DTYPE_FP8_E4M3:
+      return 1;
     case v1::KV_DTYPE_BF16:
     case v1::KV_DTYPE_F16:
       return 2;
@@ -90,23 +93,19 @@ absl::StatusOr<v1::KvPart> WholeRanges(v1::KvPart part, const v1::KvLayout& layo
   return part;
 }
 
-absl::StatusOr<KvShape> ShapeOfPart(const v1::KvManifest& manifest, const v1::KvPart& part,
-                                    int64_t skip_tokens) {
-  if (skip_tokens >= manifest.num_tokens()) {
-    return absl::DataLossError(absl::StrCat("manifest: num_tokens=", manifest.num_tokens(),
-                                            ", but the request skips ", skip_tokens));
-  }
+KvShape ShapeOfPart(const v1::KvManifest& manifest, const v1::KvPart& part) {
   const v1::KvLayout& layout = manifest.layout();
   return KvShape{.num_layers = part.layer_count(),
                  .num_kv_heads = part.kv_head_count(),
                  .head_dim = layout.head_dim(),
-                 .num_tokens = manifest.num_tokens() - skip_tokens,
+                 .num_tokens = int64_t{manifest.num_tokens()} - manifest.skip_tokens(),
                  .element_bytes = KvDtypeBytes(layout.dtype()),
-                 .token_begin = skip_tokens,
+                 .token_begin = manifest.skip_tokens(),
                  .block_tokens = layout.block_tokens()};
 }
 
-absl::Status CheckFinalManifest(const v1::KvManifest& first, const v1::KvManifest& last) {
+absl::Status CheckFinalManifest(const v1::KvManifest& first, const v1::KvManifest& last,
+                                const KvExpectation& expected) {
   if (last.layer_density_size() != static_cast<int64_t>(first.layout().num_layers())) {
     return absl::DataLossError(absl::StrCat("completed: layer_density has ",
                                             last.layer_density_size(), " values for ",
@@ -118,9 +117,13 @@ absl::Status CheckFinalManifest(const v1::KvManifest& first, const v1::KvManifes
           absl::StrCat("completed: layer_density ", density, " is not in (0, 1]"));
     }
   }
-  v1::KvManifest expected = first;
-  *expected.mutable_layer_density() = last.layer_density();
-  if (!google::protobuf::util::MessageDifferencer::Equals(expected, last)) {
+  HEADSTART_RETURN_IF_ERROR(CheckCachedPrefix(last, expected));
+  v1::KvManifest before = last;
+  before.clear_layer_density();
+  before.clear_cached_tokens();
+  before.clear_cached_algorithm();
+  before.clear_page_hashes();
+  if (!google::protobuf::util::MessageDifferencer::Equals(first, before)) {
     return absl::DataLossError("completed: the manifest is not the one that the stream began with");
   }
   return absl::OkStatus();

@@ -24,12 +24,12 @@ absl::Status CheckExpectation(const v1::KvManifest& manifest, const KvExpectatio
 // The part with its counts filled in. INVALID_ARGUMENT when it reaches beyond the layout.
 absl::StatusOr<v1::KvPart> WholeRanges(v1::KvPart part, const v1::KvLayout& layout);
 
-// What comes of the part. DATA_LOSS when no token is left after the ones skipped.
-// REQUIRES: CheckLayout and WholeRanges passed.
-absl::StatusOr<KvShape> ShapeOfPart(const v1::KvManifest& manifest, const v1::KvPart& part,
-                                    int64_t skip_tokens);
+// What comes of the part. REQUIRES: CheckLayout, CheckPrefix and WholeRanges passed.
+KvShape ShapeOfPart(const v1::KvManifest& manifest, const v1::KvPart& part);
 
-// `last` is what `first` was, with a density in (0, 1] for every layer.
-absl::Status CheckFinalManifest(const v1::KvManifest& first, const v1::KvManifest& last);
+// `last` is what `first` was, with a density in (0, 1] for every layer, and a cached prefix that
+// makes sense (CheckCachedPrefix).
+absl::Status CheckFinalManifest(const v1::KvManifest& first, const v1::KvManifest& last,
+                                const KvExpectation& expected);
 
 }  // namespace headstart

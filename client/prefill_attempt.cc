@@ -124,6 +124,7 @@ PrefillOutcome PrefillAttempt::Outcome() const {
                      .manifest = since_start(times.manifest),
                      .first_chunk = since_start(times.first_chunk),
                      .last_chunk = since_start(times.last_chunk),
+                     .first_token = since_start(times.first_token),
                      .completed = since_start(times.completed)},
           .attempts = 1,
           .connections = num_connections_,

@@ -27,6 +27,10 @@ void ExpectAnswerTo(const v1::PrefillRequest& request, KvExpectation* expected) 
   expected->token_hash = TokenHash(absl::MakeConstSpan(ids.data(), ids.size()));
   expected->num_tokens = ids.size();
   expected->skip_tokens = request.skip_tokens();
+  expected->held_pages = request.held_pages();
+  expected->cache_salt = request.cache_salt();
+  expected->prefix_reuse = request.prefix_reuse();
+  expected->token_ids.assign(ids.begin(), ids.end());
   if (!request.request_id().empty()) expected->request_id = request.request_id();
   if (!request.model().empty()) expected->model = request.model();
   if (request.kv_dtype() != v1::KV_DTYPE_UNSPECIFIED) expected->dtype = request.kv_dtype();
@@ -124,7 +128,9 @@ absl::StatusOr<int> PrefillClient::ConnectionsFor(const v1::PrefillRequest& requ
   HEADSTART_ASSIGN_OR_RETURN(const int64_t token_bytes,
                              KvBytesPerToken(request.model(), deadline, cancel));
   const int64_t tokens = request.token_ids_size() - int64_t{request.skip_tokens()};
-  return AutomaticConnections(tokens * token_bytes, most);
+  // Of bf16, fp8 has half.
+  const int64_t shrinks = request.kv_dtype() == v1::KV_DTYPE_FP8_E4M3 ? 2 : 1;
+  return AutomaticConnections(tokens * token_bytes / shrinks, most);
 }
 
 absl::StatusOr<int64_t> PrefillClient::KvBytesPerToken(const std::string& model,
@@ -155,6 +161,9 @@ absl::StatusOr<FetchOutcome> PrefillClient::Fetch(const KvLocation& location,
     return absl::InvalidArgumentError(absl::StrCat("num_stripes=", num_stripes, " is not in [1, ",
                                                    kMaxConnections,
                                                    "], or the part is a stripe itself"));
+  }
+  if (!receive.expected.held_pages.empty() && receive.expected.token_ids.empty()) {
+    return absl::InvalidArgumentError("held_pages can only be checked with the prompt's token_ids");
   }
   HEADSTART_ASSIGN_OR_RETURN(const std::string target,
                              FetchTarget(options_, location.fetch_address, /*peer=*/""));
@@ -204,6 +213,23 @@ absl::StatusOr<v1::GetModelInfoResponse> PrefillClient::GetModelInfo(
   v1::GetModelInfoRequest request;
   request.set_model(model);
   return UnaryCall(connections_->main(), &v1::PrefillService::Stub::GetModelInfo, request,
+                   WithinTimeout(options_));
+}
+
+absl::StatusOr<v1::EstimateResponse> PrefillClient::Estimate(
+    const v1::EstimateRequest& request) const {
+  v1::EstimateRequest bounded = request;
+  if (!request.has_deadline()) {
+    const int64_t nanoseconds = absl::ToInt64Nanoseconds(options_.timeout);
+    bounded.mutable_deadline()->set_seconds(nanoseconds / 1'000'000'000);
+    bounded.mutable_deadline()->set_nanos(static_cast<int32_t>(nanoseconds % 1'000'000'000));
+  }
+  return UnaryCall(connections_->main(), &v1::PrefillService::Stub::Estimate, bounded,
+                   WithinTimeout(options_));
+}
+
+absl::StatusOr<v1::GetLoadsResponse> PrefillClient::GetLoads() const {
+  return UnaryCall(connections_->main(), &v1::PrefillService::Stub::GetLoads, v1::GetLoadsRequest(),
                    WithinTimeout(options_));
 }
 

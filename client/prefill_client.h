@@ -31,7 +31,8 @@ struct PrefillTiming {
   absl::Duration manifest;
   absl::Duration first_chunk;
   absl::Duration last_chunk;
-  absl::Duration completed;
+  absl::Duration first_token;
+  absl::Duration completed;  // by all streams
 };
 
 struct PrefillOutcome {
@@ -64,9 +65,10 @@ class PrefillClient {
   ~PrefillClient();
 
   // Sends the prompt and receives its KV, on as many connections as the options say. What the
-  // request says (tokens, model, dtype, dense, skip_tokens) is added to `receive.expected`; the
-  // callbacks may see an attempt from its beginning again when it is retried before its first
-  // chunk. `cancel` may be null. When it returns, nothing of the request is left on the server.
+  // request says (tokens, model, dtype, dense, what is skipped, held and cached) is added to
+  // `receive.expected`; the callbacks may see an attempt from its beginning again when it is
+  // retried before its first chunk. `cancel` may be null. When it returns, nothing of the request
+  // is left on the server.
   //   the server's status, with its details as payloads (see grpc_status.h)
   //   DATA_LOSS           a stream was wrong, or broke after its first chunk for good
   //   PERMISSION_DENIED   the server names a host to fetch from that is not allowed
@@ -83,8 +85,9 @@ class PrefillClient {
   // Receives a part of what another call of Prefill, in any process, made the server keep, as
   // `num_stripes` stripes on a connection each. Where readers were announced, the stripes must be
   // among them: see StripesOf. The destination is for the layers and heads of the part.
-  // `receive.expected.skip_tokens` is that of the request. Streams that break go on; after an error
-  // nothing that came is of use. Errors as those of Prefill.
+  // `receive.expected.skip_tokens` is that of the request, as are held_pages, which want the
+  // prompt's token_ids. Streams that break go on; after an error nothing that came is of use.
+  // Errors as those of Prefill.
   absl::StatusOr<FetchOutcome> Fetch(const KvLocation& location, const v1::KvPart& part,
                                      int num_stripes, KvReceiverOptions receive,
                                      CancelToken* cancel = nullptr) const;
@@ -93,6 +96,12 @@ class PrefillClient {
   absl::StatusOr<absl::Duration> RenewLease(const KvLocation& location) const;
   // Gives the KV back.
   absl::Status ReleaseKv(const KvLocation& location) const;
+
+  // What would become of a request now: nothing runs. Without a deadline the client's timeout is
+  // meant. Answers also when the request would be refused; errors are those of a bad request.
+  absl::StatusOr<v1::EstimateResponse> Estimate(const v1::EstimateRequest& request) const;
+  // How busy the server is.
+  absl::StatusOr<v1::GetLoadsResponse> GetLoads() const;
 
   absl::StatusOr<v1::GetModelInfoResponse> GetModelInfo(const std::string& model = "") const;
   absl::StatusOr<v1::GetServerInfoResponse> GetServerInfo() const;

@@ -2,6 +2,7 @@
 
 #include <openssl/rand.h>
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -26,6 +27,24 @@ absl::Status CheckTokens(absl::Span<const int32_t> ids, int32_t vocab_size) {
   return absl::OkStatus();
 }
 
+absl::Status CheckPrefix(const PrefillRequest& request) {
+  constexpr int32_t kMaxPriority = 100;
+  if (request.priority < -kMaxPriority || request.priority > kMaxPriority) {
+    return absl::InvalidArgumentError(absl::StrCat("priority=", request.priority, " is not in [",
+                                                   -kMaxPriority, ", ", kMaxPriority, "]"));
+  }
+  const PrefixCaching& prefix = request.prefix;
+  if (prefix.held_pages.size() % sizeof(PageHash) != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("held_pages has ", prefix.held_pages.size(),
+                                                   " bytes, not a multiple of ", sizeof(PageHash)));
+  }
+  if (!prefix.held_pages.empty() && prefix.any_page && !prefix.keeps_pages) {
+    return absl::InvalidArgumentError(
+        "held_pages: behind dense pages sparse ones have no names to be held by");
+  }
+  return absl::OkStatus();
+}
+
 // An error after which the backend is of no use, as opposed to one of a request.
 bool LosesBackend(const absl::Status& status) {
   return status.code() == absl::StatusCode::kInternal && !IsNonFiniteError(status);
@@ -40,55 +59,33 @@ std::string NewFetchId() {
 
 }  // namespace
 
-// ---- start
+// ---- start and end
 
-absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(ResolvedModel model,
-                                                       std::unique_ptr<Backend> backend,
-                                                       const LoadProgress& progress) {
-  std::unique_ptr<Engine> engine(new Engine(std::move(model), std::move(backend)));
-  HEADSTART_RETURN_IF_ERROR(engine->Load(progress));
-  engine->compute_thread_ = std::thread([e = engine.get()] { e->Compute(); });
-  engine->expiry_thread_ = std::thread([e = engine.get()] { e->WatchExpiry(); });
-  return engine;
-}
-
-absl::Status Engine::Load(const LoadProgress& progress) {
-  HEADSTART_RETURN_IF_ERROR(CheckFits(model_.plan, *backend_));
-  const EngineOptions& options = model_.options;
-  HEADSTART_ASSIGN_OR_RETURN(const auto files, WeightFiles::Open(options.model_dir));
-  HEADSTART_ASSIGN_OR_RETURN(
-      ModelWeights weights,
-      LoadWeights(model_.config, *files, *backend_, options.max_prompt_tokens, progress));
-  const SchedulerOptions scheduling = SchedulerOptionsOf(model_);
-  LocalRunnerOptions running;
-  running.geometry = model_.geometry;
-  running.num_pages = options.kv_pool_tokens / kBlockTokens;
-  running.num_slots = scheduling.num_slots;
-  running.max_rows = model_.max_rows;
-  running.max_prompt_tokens = options.max_prompt_tokens;
-  HEADSTART_ASSIGN_OR_RETURN(
-      runner_, LocalRunner::Create(model_.config, std::move(weights), running, *backend_));
-  HEADSTART_ASSIGN_OR_RETURN(HostBuffer memory, backend_->AllocateHost(options.host_kv_bytes));
-  const int64_t chunk_bytes = model_.geometry.chunk_bytes();
-  pages_ = std::make_unique<PagePool>(running.num_pages);
-  host_ = std::make_unique<HostPages>(std::move(memory), chunk_bytes,
-                                      options.host_kv_bytes / chunk_bytes);
+Engine::Engine(ResolvedModel model, const SchedulerOptions& scheduling, std::string model_hash,
+               std::unique_ptr<Backend> backend, std::unique_ptr<PagePool> pages,
+               std::unique_ptr<HostPages> host, std::unique_ptr<Runner> runner)
+    : model_(std::move(model)),
+      piece_tokens_(scheduling.piece_tokens),
+      model_hash_(std::move(model_hash)),
+      backend_(std::move(backend)),
+      pages_(std::move(pages)),
+      host_(std::move(host)),
+      runner_(std::move(runner)),
+      scheduler_(scheduling, pages_.get(), host_.get(),
+                 MakeError(absl::StatusCode::kUnavailable, ErrorReason::kLoading,
+                           "the model is being loaded")) {
   host_->NotifyRoom([this] { work_.Notify(); });
-  scheduler_ =
-      std::make_unique<Scheduler>(scheduling, pages_.get(), host_.get(),
-                                  MakeError(absl::StatusCode::kUnavailable, ErrorReason::kLoading,
-                                            "the model is being loaded"));
-  return absl::OkStatus();
+  compute_thread_ = std::thread([this] { Compute(); });
+  expiry_thread_ = std::thread([this] { WatchExpiry(); });
 }
 
 Engine::~Engine() {
-  if (!compute_thread_.joinable()) return;  // was never whole
   {
     MutexLock lock(&mutex_);
     const absl::Status why = MakeError(absl::StatusCode::kUnavailable, ErrorReason::kDraining,
                                        "the server stopped before the prompt was computed");
-    scheduler_->Close(why);
-    scheduler_->EndAll(why);
+    scheduler_.Close(why);
+    scheduler_.EndAll(why);
   }
   stopping_.store(true);
   work_.Notify();
@@ -116,9 +113,41 @@ absl::Status Engine::Validate(const PrefillRequest& request) const {
     return absl::InvalidArgumentError(absl::StrCat("skip_tokens=", request.skip_tokens,
                                                    " is not below the ", num_tokens, " token_ids"));
   }
+  HEADSTART_RETURN_IF_ERROR(CheckPrefix(request));
+  HEADSTART_RETURN_IF_ERROR(CheckKvDtype(request));
   HEADSTART_RETURN_IF_ERROR(
       ValidateAttentionOptions(request.attention, model_.config.heads, model_.config.num_layers));
   return ValidateSamplingOptions(request.sampling);
+}
+
+std::vector<DType> Engine::kv_dtypes() const { return {geometry().dtype, DType::kF8E4M3}; }
+
+absl::Status Engine::CheckKvDtype(const PrefillRequest& request) const {
+  if (!request.kv_dtype.has_value()) return absl::OkStatus();
+  std::string offered;
+  for (const DType dtype : kv_dtypes()) {
+    if (*request.kv_dtype == dtype) return absl::OkStatus();
+    absl::StrAppend(&offered, offered.empty() ? "" : " and ", DTypeName(dtype));
+  }
+  return MakeError(absl::StatusCode::kFailedPrecondition, ErrorReason::kKvDtypeUnavailable,
+                   absl::StrCat("kv_dtype=", DTypeName(*request.kv_dtype),
+                                " is not offered; this server ships ", offered));
+}
+
+void Engine::NamePages(PrefillRequest& request) const {
+  if (!request.prefix.cache_root.has_value()) return;
+  const int64_t named = NamedTokens(request, piece_tokens_);
+  request.page_names =
+      HashPages(model_hash(), *request.prefix.cache_root, request.token_ids, named / kBlockTokens);
+  const int64_t held = CountHeld(request.page_names, request.prefix.held_pages) * kBlockTokens;
+  // The last token's page is always shipped.
+  const int64_t most = (request.num_tokens() - 1) / kBlockTokens * kBlockTokens;
+  request.skip_tokens = std::max(request.skip_tokens, std::min(held, most));
+}
+
+headstart::Estimate Engine::Estimate(const PrefillRequest& request) const {
+  MutexLock lock(&mutex_);
+  return scheduler_.Foresee(request, Now());
 }
 
 absl::StatusOr<Submission> Engine::Submit(PrefillRequest request) {
@@ -129,10 +158,9 @@ absl::StatusOr<Submission> Engine::Submit(PrefillRequest request) {
   {
     MutexLock lock(&mutex_);
     HEADSTART_ASSIGN_OR_RETURN(admitted,
-                               scheduler_->Add(std::move(request), submission.fetch_id, Now()));
+                               scheduler_.Add(std::move(request), submission.fetch_id, Now()));
     submission.key = admitted.key;
-    submission.requests_ahead = admitted.requests_ahead;
-    submission.tokens_ahead = admitted.tokens_ahead;
+    submission.estimate = std::move(admitted.estimate);
     submission.lease = admitted.lease;
     HEADSTART_ASSIGN_OR_RETURN(
         submission.reader,
@@ -147,7 +175,7 @@ absl::StatusOr<Submission> Engine::Submit(PrefillRequest request) {
 void Engine::End(uint64_t key, const absl::Status& why) {
   {
     MutexLock lock(&mutex_);
-    scheduler_->End(key, why);
+    scheduler_.End(key, why);
     NoteIdle();
   }
   work_.Notify();
@@ -159,20 +187,20 @@ absl::StatusOr<std::unique_ptr<ShipmentReader>> Engine::Fetch(const std::string&
                                                               int64_t from_chunk) {
   MutexLock lock(&mutex_);
   HEADSTART_ASSIGN_OR_RETURN(const std::shared_ptr<Shipment> shipment,
-                             scheduler_->Find(fetch_id, owner));
-  HEADSTART_RETURN_IF_ERROR(scheduler_->Renew(fetch_id, owner, Now()).status());
+                             scheduler_.Find(fetch_id, owner));
+  HEADSTART_RETURN_IF_ERROR(scheduler_.Renew(fetch_id, owner, Now()).status());
   return shipment->Open(part, from_chunk);
 }
 
 absl::StatusOr<absl::Duration> Engine::Renew(const std::string& fetch_id,
                                              const std::string& owner) {
   MutexLock lock(&mutex_);
-  return scheduler_->Renew(fetch_id, owner, Now());
+  return scheduler_.Renew(fetch_id, owner, Now());
 }
 
 absl::Status Engine::Release(const std::string& fetch_id, const std::string& owner) {
   MutexLock lock(&mutex_);
-  HEADSTART_RETURN_IF_ERROR(scheduler_->Release(fetch_id, owner));
+  HEADSTART_RETURN_IF_ERROR(scheduler_.Release(fetch_id, owner));
   NoteIdle();
   work_.Notify();
   return absl::OkStatus();
@@ -182,29 +210,29 @@ absl::Status Engine::Release(const std::string& fetch_id, const std::string& own
 
 void Engine::Open() {
   MutexLock lock(&mutex_);
-  scheduler_->Open();
+  scheduler_.Open();
 }
 
 void Engine::Close(absl::Status why) {
   MutexLock lock(&mutex_);
-  scheduler_->Close(std::move(why));
+  scheduler_.Close(std::move(why));
 }
 
 absl::Status Engine::CheckOpen() const {
   MutexLock lock(&mutex_);
-  return scheduler_->closed();
+  return scheduler_.closed();
 }
 
 bool Engine::WaitUntilIdle(absl::Time deadline) const {
   MutexLock lock(&mutex_);
-  while (scheduler_->load().inflight_requests > 0 && Now() < deadline) {
+  while (scheduler_.load().inflight_requests > 0 && Now() < deadline) {
     idle_.WaitUntil(&mutex_, deadline);
   }
-  return scheduler_->load().inflight_requests == 0;
+  return scheduler_.load().inflight_requests == 0;
 }
 
 void Engine::NoteIdle() {
-  if (scheduler_->load().inflight_requests == 0) idle_.SignalAll();
+  if (scheduler_.load().inflight_requests == 0) idle_.SignalAll();
 }
 
 void Engine::OnLost(std::function<void(const absl::Status&)> on_lost) {
@@ -214,7 +242,22 @@ void Engine::OnLost(std::function<void(const absl::Status&)> on_lost) {
 
 SchedulerLoad Engine::load() const {
   MutexLock lock(&mutex_);
-  return scheduler_->load();
+  return scheduler_.load();
+}
+
+std::optional<absl::Duration> Engine::PredictDrain() const {
+  MutexLock lock(&mutex_);
+  return scheduler_.PredictDrain(Now());
+}
+
+std::optional<double> Engine::TokensPerSecond() const {
+  MutexLock lock(&mutex_);
+  return scheduler_.costs().TokensPerSecond();
+}
+
+std::vector<RequestView> Engine::Requests(size_t limit) const {
+  MutexLock lock(&mutex_);
+  return scheduler_.Requests(limit);
 }
 
 // The engine's one look at a clock.
@@ -222,10 +265,29 @@ absl::Time Engine::Now() { return absl::Now(); }
 
 // ---- the threads
 
+// What the runner asks between two layers of a step.
+class Engine::BetweenLayers : public UrgentWork {
+ public:
+  BetweenLayers(Engine* engine, const Step* running) : engine_(*engine), running_(*running) {}
+
+  std::optional<Step> Next() override {
+    MutexLock lock(&engine_.mutex_);
+    return engine_.scheduler_.NextUrgent(running_, Now());
+  }
+  void Finish(Step step, StepResult result) override {
+    engine_.Finish(std::move(step), std::move(result));
+  }
+
+ private:
+  Engine& engine_;
+  const Step& running_;
+};
+
 void Engine::Compute() {
   while (std::optional<Step> step = WaitForStep()) {
     computing_.store(true);
-    StepResult result = runner_->Run(*step);
+    BetweenLayers urgent(this, &*step);
+    StepResult result = runner_->Run(*step, &urgent);
     computing_.store(false);
     Finish(*std::move(step), std::move(result));
   }
@@ -238,8 +300,8 @@ std::optional<Step> Engine::WaitForStep() {
     const bool waited_for_room = waits_for_room;
     {
       MutexLock lock(&mutex_);
-      if (std::optional<Step> step = scheduler_->Next(Now())) return step;
-      waits_for_room = scheduler_->load().waiting_for_room > 0;
+      if (std::optional<Step> step = scheduler_.Next(Now())) return step;
+      waits_for_room = scheduler_.load().waiting_for_room > 0;
     }
     // From now on somebody may be stalled.
     if (waits_for_room && !waited_for_room) expiry_.Notify();
@@ -258,12 +320,12 @@ void Engine::Finish(Step step, StepResult result) {
   std::function<void(const absl::Status&)> on_lost;
   {
     MutexLock lock(&mutex_);
-    scheduler_->Finish(step, std::move(result), Now());
+    scheduler_.Finish(step, std::move(result), Now());
     if (!lost.ok()) {
       const absl::Status why = MakeError(absl::StatusCode::kUnavailable, ErrorReason::kEngineLost,
                                          "the backend was lost before this request");
-      scheduler_->Close(why);
-      scheduler_->EndAll(why);
+      scheduler_.Close(why);
+      scheduler_.EndAll(why);
       on_lost = on_lost_;
     }
     NoteIdle();
@@ -278,9 +340,9 @@ void Engine::WatchExpiry() {
     bool ended = false;
     {
       MutexLock lock(&mutex_);
-      const int64_t released = scheduler_->load().released;
-      next = scheduler_->Expire(Now());
-      ended = scheduler_->load().released > released;
+      const int64_t released = scheduler_.load().released;
+      next = scheduler_.Expire(Now());
+      ended = scheduler_.load().released > released;
       NoteIdle();
     }
     if (ended) work_.Notify();

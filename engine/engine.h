@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
@@ -17,7 +18,7 @@
 #include "engine/model/weights.h"
 #include "engine/request.h"
 #include "engine/resolve.h"
-#include "engine/run/local_runner.h"
+#include "engine/run/runner.h"
 #include "engine/schedule/page_pool.h"
 #include "engine/schedule/scheduler.h"
 #include "engine/ship/host_pages.h"
@@ -30,8 +31,7 @@ namespace headstart {
 
 struct Submission {
   uint64_t key = 0;
-  int64_t requests_ahead = 0;
-  int64_t tokens_ahead = 0;
+  headstart::Estimate estimate;
   std::string fetch_id;                         // of detached KV: 16 random bytes
   absl::Duration lease = absl::ZeroDuration();  // of detached KV, as granted
   // Of attached KV the whole, of detached KV nothing but start and outcome.
@@ -47,14 +47,27 @@ class Engine {
   static absl::StatusOr<std::unique_ptr<Engine>> Create(ResolvedModel model,
                                                         std::unique_ptr<Backend> backend,
                                                         const LoadProgress& progress);
+  // The same around parts that are there already. Of `backend` only the life is its affair; null
+  // where nobody asks for it.
+  Engine(ResolvedModel model, const SchedulerOptions& scheduling, std::string model_hash,
+         std::unique_ptr<Backend> backend, std::unique_ptr<PagePool> pages,
+         std::unique_ptr<HostPages> host, std::unique_ptr<Runner> runner);
   // Ends all requests; waits for the layer that runs, and for KV that the network holds still.
   ~Engine();
 
   // ---- requests
 
   // What can be said without running: prompt length, token ids, attention and sampling options,
-  // skip_tokens. INVALID_ARGUMENT or FAILED_PRECONDITION, the field's name first in the message.
+  // skip_tokens, kv_dtype. INVALID_ARGUMENT or FAILED_PRECONDITION, the field's name first in the
+  // message.
   absl::Status Validate(const PrefillRequest& request) const;
+
+  // Gives the pages of a valid request their names, and raises skip_tokens over the pages that the
+  // client says it holds. Before Submit and Estimate.
+  void NamePages(PrefillRequest& request) const;
+
+  // What Submit would say of a valid request, and when it would be done.
+  headstart::Estimate Estimate(const PrefillRequest& request) const;
 
   // Takes a valid request, see Scheduler::Add for the errors. It lasts until End.
   absl::StatusOr<Submission> Submit(PrefillRequest request);
@@ -87,6 +100,11 @@ class Engine {
   void OnLost(std::function<void(const absl::Status&)> on_lost);
 
   SchedulerLoad load() const;
+  // To compute all that is in, and what was computed a second lately; nothing before that is known.
+  std::optional<absl::Duration> PredictDrain() const;
+  std::optional<double> TokensPerSecond() const;
+  // What the first `limit` requests that have not ended are doing, in the order in which they came.
+  std::vector<RequestView> Requests(size_t limit) const;
   // A step is being run.
   bool computing() const { return computing_.load(std::memory_order_relaxed); }
   // Layers finished since the start, all requests together: progress for health checks.
@@ -96,17 +114,20 @@ class Engine {
 
   const EngineOptions& options() const { return model_.options; }  // resolved: no zeros left
   const ModelConfig& config() const { return model_.config; }
-  const std::string& model_hash() const { return runner_->model_hash(); }
+  const std::string& model_hash() const { return model_hash_; }
   const Backend& backend() const { return *backend_; }
+  // Of the KV as it is computed.
   const KvGeometry& geometry() const { return model_.geometry; }
+  // In which KV may be asked for, that in which it is computed first.
+  std::vector<DType> kv_dtypes() const;
   const PagePool& page_pool() const { return *pages_; }
   const HostPages& host_pages() const { return *host_; }
 
  private:
-  Engine(ResolvedModel model, std::unique_ptr<Backend> backend)
-      : model_(std::move(model)), backend_(std::move(backend)) {}
-  absl::Status Load(const LoadProgress& progress);
+  absl::Status CheckKvDtype(const PrefillRequest& request) const;
   static absl::Time Now();
+
+  class BetweenLayers;
 
   void Compute();
   // Waits for a step; none when the engine ends.
@@ -118,15 +139,17 @@ class Engine {
 
   // Order matters: what lies in the backend's memory goes before the backend.
   const ResolvedModel model_;
+  const int64_t piece_tokens_;
+  const std::string model_hash_;
   const std::unique_ptr<Backend> backend_;
-  std::unique_ptr<PagePool> pages_;
-  std::unique_ptr<HostPages> host_;
-  std::unique_ptr<LocalRunner> runner_;
+  const std::unique_ptr<PagePool> pages_;
+  const std::unique_ptr<HostPages> host_;
+  const std::unique_ptr<Runner> runner_;
   std::function<void(const absl::Status&)> on_lost_;
 
   mutable Mutex mutex_;
   mutable CondVar idle_;
-  std::unique_ptr<Scheduler> scheduler_ ABSL_PT_GUARDED_BY(mutex_);
+  Scheduler scheduler_ ABSL_GUARDED_BY(mutex_);
   std::atomic<bool> computing_{false};
   std::atomic<bool> stopping_{false};
   WakeSignal work_;    // something came that may let a step run

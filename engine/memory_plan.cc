@@ -28,8 +28,8 @@ int64_t VectorElements(const ModelConfig& c) {
 
 }  // namespace
 
-MemoryPlan PlanMemory(const ModelConfig& config, DType compute_dtype, int64_t max_rows,
-                      int64_t kv_pool_tokens, int32_t num_slots) {
+MemoryPlan PlanMemory(const ModelConfig& config, DType compute_dtype, const StepLimits& limits,
+                      int64_t kv_pool_tokens) {
   const int64_t pool_tokens = NumBlocks(kv_pool_tokens) * kBlockTokens;
   const int64_t f32 = DTypeBytes(DType::kF32);
   const int64_t vocabulary = int64_t{config.vocab_size} * config.hidden_size;
@@ -43,10 +43,13 @@ MemoryPlan PlanMemory(const ModelConfig& config, DType compute_dtype, int64_t ma
   plan.kv_pool_bytes = pool_tokens * plan.kv_bytes_per_token;
   const int64_t positions = std::min(config.max_positions, pool_tokens);
   const int64_t rope_bytes = positions * config.heads.head_dim * f32;  // cosines and sines
-  plan.workspace_bytes = rope_bytes +
-                         num_slots * RequestSlot::Bytes(config, pool_tokens / kBlockTokens) +
-                         ActivationBytes(config, compute_dtype, /*residual_dtype=*/DType::kF32,
-                                         std::min(max_rows, pool_tokens), /*max_pieces=*/1);
+  plan.workspace_bytes =
+      rope_bytes + limits.num_slots * RequestSlot::Bytes(config, pool_tokens / kBlockTokens);
+  for (const int64_t rows : {limits.max_rows, limits.urgent_rows}) {
+    if (rows == 0) continue;
+    plan.workspace_bytes += ActivationBytes(config, compute_dtype, /*residual_dtype=*/DType::kF32,
+                                            std::min(rows, pool_tokens), limits.max_pieces);
+  }
   return plan;
 }
 

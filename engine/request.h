@@ -9,6 +9,7 @@
 #include "absl/time/time.h"
 #include "engine/attention_options.h"
 #include "engine/run/sampling.h"
+#include "engine/schedule/page_hash.h"
 #include "engine/ship/kv_part.h"
 #include "kernels/attention_params.h"
 
@@ -24,6 +25,18 @@ struct DetachedKv {
   std::string owner;
 };
 
+// Which pages of the prefix cache may stand for the start of a prompt. The names of pages begin
+// with `cache_root`: equal roots, salt included, mean that pages may be shared. The empty one is a
+// root, too.
+struct PrefixCaching {
+  std::optional<std::string> cache_root;  // of the pages that may be found; absent: none are
+  bool keeps_pages = true;  // those of this prompt may be found by others, under the same root
+  // Pages behind pieces of any size may be found, as they do not depend on it: those of dense
+  // attention.
+  bool any_page = false;
+  std::string held_pages;  // names of pages that the client has: 16 bytes each
+};
+
 struct PrefillRequest {
   std::string request_id;
   std::vector<int32_t> token_ids;
@@ -32,15 +45,31 @@ struct PrefillRequest {
   ProxyAttnOptions attention;
   SamplingOptions sampling;
   absl::Time deadline = absl::InfiniteFuture();
+  int32_t priority = 0;     // higher ones run first
   int64_t skip_tokens = 0;  // their KV is computed, not shipped
+  // How the KV is shipped: as it is computed (none), or kF8E4M3.
+  std::optional<DType> kv_dtype;
+  PrefixCaching prefix;
+  std::vector<PageHash> page_names;  // see Engine::NamePages
   std::optional<DetachedKv> detached;
   std::string manifest;  // handed to everyone who reads the KV; the engine does not look at it
 
   int64_t num_tokens() const { return static_cast<int64_t>(token_ids.size()); }
 };
 
+// One piece of a prompt, as it ran: in time order the pieces cover the prompt.
+struct PieceRun {
+  int64_t first_position = 0;
+  int64_t num_tokens = 0;
+  bool from_cache = false;                  // copied, not computed
+  absl::Time begin = absl::InfinitePast();  // when its step was made
+  absl::Time end = absl::InfinitePast();    // and was done
+};
+
 struct PrefillResult {
   SampledToken first_token;
+  int64_t cached_tokens = 0;  // from the prefix cache; the others were computed
+  std::string page_hashes;    // names of the prompt's pages, 16 bytes each, as far as they have one
   std::vector<float> layer_density;  // executed / causal blocks
   // By layer. The last one attends only for the rows that the first token needs.
   std::vector<int64_t> layer_executed_blocks;
@@ -48,17 +77,42 @@ struct PrefillResult {
   // What the heads' budgets ask for, before the dense tail and dense fallbacks; what ran where no
   // budget was estimated.
   std::vector<int64_t> layer_predicted_blocks;
+  // [num_layers][H]: share of the causal blocks that a head's budget asks for; 0 where none was
+  // estimated.
+  std::vector<float> layer_head_budget;
   int64_t executed_blocks = 0;
   int64_t causal_blocks = 0;
   int64_t dense_fallbacks = 0;
   double selection_seconds = 0;
   double attention_seconds = 0;
-  double compute_seconds = 0;  // inside Runner::Run, the two above included
+  // In steps of which it was a part, the two above included.
+  double compute_seconds = 0;
   // Between pieces, because the host memory was full of KV that nobody had taken.
   double room_wait_seconds = 0;
+  double gave_way_seconds = 0;                   // between begin and end: others ran
+  std::optional<absl::Duration> predicted_ttft;  // when it was accepted
   absl::Time accepted_at = absl::InfinitePast();
   absl::Time started_at = absl::InfinitePast();   // compute began
   absl::Time computed_at = absl::InfinitePast();  // and ended
+  std::vector<PieceRun> pieces;
+};
+
+enum class RequestState : uint8_t {
+  kWaiting,    // for its first piece
+  kComputing,  // a piece of it runs
+  kPaused,     // between pieces: others run, or host memory is full
+  kShipping,   // computed, its KV is on its way
+  kKept,       // computed, its KV has a lease
+};
+
+// What a request that is in is doing now.
+struct RequestView {
+  std::string request_id;
+  int64_t num_tokens = 0;
+  int32_t priority = 0;
+  int64_t position = 0;  // of the next token that is neither computed nor being computed
+  absl::Time accepted_at = absl::InfinitePast();
+  RequestState state = RequestState::kWaiting;
 };
 
 }  // namespace headstart

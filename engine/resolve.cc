@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "absl/strings/str_cat.h"
+#include "engine/run/kv_staging.h"
 #include "kernels/base/status_macros.h"
 
 namespace headstart {
@@ -14,6 +15,17 @@ std::string FolderName(const std::string& path) {
   const std::filesystem::path folder = std::filesystem::path(path).lexically_normal();
   return folder.has_filename() ? folder.filename().string()
                                : folder.parent_path().filename().string();
+}
+
+// Of short prompts, that find room in the KV pool beside the longest one.
+constexpr int64_t kPoolBatches = 4;
+constexpr int64_t kDefaultBatchTokens = 2048;
+// Requests that may be between their first and their last piece. A slot is small.
+constexpr int32_t kNumSlots = 64;
+
+// Most tokens of a piece: no prompt is longer than the longest.
+int64_t PieceTokens(const EngineOptions& options) {
+  return std::min(options.piece_tokens, NumBlocks(options.max_prompt_tokens) * kBlockTokens);
 }
 
 absl::Status BadOption(absl::string_view name, int64_t value, absl::string_view allowed) {
@@ -27,6 +39,15 @@ absl::Status FillZeros(const ModelConfig& config, EngineOptions& options) {
     return BadOption("piece_tokens", options.piece_tokens,
                      absl::StrCat("a positive multiple of ", kBlockTokens));
   }
+  if (options.batch_tokens == 0) {
+    options.batch_tokens = std::min(kDefaultBatchTokens, options.piece_tokens);
+  }
+  if (options.batch_tokens <= 0 || options.batch_tokens % kBlockTokens != 0 ||
+      options.batch_tokens > options.piece_tokens) {
+    return BadOption("batch_tokens", options.batch_tokens,
+                     absl::StrCat("a multiple of ", kBlockTokens, " in [", kBlockTokens,
+                                  ", piece_tokens=", options.piece_tokens, "]"));
+  }
   if (options.max_prompt_tokens < 0 || options.max_prompt_tokens > config.max_positions) {
     return BadOption("max_prompt_tokens", options.max_prompt_tokens,
                      absl::StrCat("in [1, ", config.max_positions,
@@ -39,7 +60,9 @@ absl::Status FillZeros(const ModelConfig& config, EngineOptions& options) {
                      absl::StrCat("in [0, ", kMaxPoolTokens, "]"));
   }
   if (options.max_prompt_tokens == 0) options.max_prompt_tokens = config.max_positions;
-  if (options.kv_pool_tokens == 0) options.kv_pool_tokens = options.max_prompt_tokens;
+  if (options.kv_pool_tokens == 0) {
+    options.kv_pool_tokens = options.max_prompt_tokens + kPoolBatches * options.batch_tokens;
+  }
   options.kv_pool_tokens = NumBlocks(options.kv_pool_tokens) * kBlockTokens;
   return absl::OkStatus();
 }
@@ -82,15 +105,19 @@ absl::StatusOr<ResolvedModel> ResolveModel(const EngineOptions& options, DType c
   HEADSTART_RETURN_IF_ERROR(FillZeros(model.config, resolved));
   model.prompt_limit = resolved.max_prompt_tokens;
   resolved.max_prompt_tokens = std::min(resolved.max_prompt_tokens, resolved.kv_pool_tokens);
-  model.max_rows = std::min(resolved.piece_tokens, resolved.max_prompt_tokens);
+  // Several prompts may run together, but the pool holds their KV.
+  model.limits.urgent_rows = std::min(resolved.batch_tokens, resolved.kv_pool_tokens);
+  model.limits.max_rows = std::max(PieceTokens(resolved), model.limits.urgent_rows);
+  model.limits.num_slots = kNumSlots;
+  model.limits.max_pieces = kNumSlots;
   model.geometry = GeometryOf(model.config, compute_dtype);
   HEADSTART_RETURN_IF_ERROR(FillHostKvBytes(model));
-  model.plan = PlanMemory(model.config, compute_dtype, model.max_rows, resolved.kv_pool_tokens,
-                          SchedulerOptionsOf(model).num_slots);
+  model.plan = PlanMemory(model.config, compute_dtype, model.limits, resolved.kv_pool_tokens);
+  model.plan.staging_bytes = KvStaging::Bytes(model.geometry, model.limits.max_rows);
   model.plan.host_kv_bytes = resolved.host_kv_bytes;
   if (backend != nullptr) {
-    model.plan.scratch_bytes =
-        backend->PlanScratchBytes(model.config.heads, model.max_rows, resolved.max_prompt_tokens);
+    model.plan.scratch_bytes = backend->PlanScratchBytes(model.config.heads, model.limits.max_rows,
+                                                         resolved.max_prompt_tokens);
   }
   return model;
 }
@@ -101,7 +128,8 @@ absl::Status CheckFits(const MemoryPlan& plan, const Backend& backend) {
   return absl::ResourceExhaustedError(absl::StrCat(
       "the model needs ", plan.total_bytes(), " bytes (weights ", plan.weight_bytes, ", KV pool ",
       plan.kv_pool_bytes, ", activations ", plan.workspace_bytes, ", scratch ", plan.scratch_bytes,
-      "), the device has ", *free_bytes, " free: ", plan.total_bytes() - *free_bytes,
+      ", staging ", plan.staging_bytes, "), the device has ", *free_bytes,
+      " free: ", plan.total_bytes() - *free_bytes,
       " are missing; less kv_pool_tokens, max_prompt_tokens or piece_tokens need less"));
 }
 
@@ -109,8 +137,10 @@ SchedulerOptions SchedulerOptionsOf(const ResolvedModel& model) {
   const EngineOptions& options = model.options;
   SchedulerOptions out;
   out.geometry = model.geometry;
-  // No prompt is longer, so no piece needs more room.
-  out.piece_tokens = std::min(options.piece_tokens, NumBlocks(model.max_rows) * kBlockTokens);
+  out.piece_tokens = PieceTokens(options);
+  out.batch_tokens = model.limits.urgent_rows;
+  out.num_slots = model.limits.num_slots;
+  out.ageing = options.ageing;
   out.max_requests = options.max_requests;
   out.max_tokens = options.max_tokens;
   out.default_lease = options.default_lease;

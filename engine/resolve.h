@@ -22,7 +22,10 @@ struct EngineOptions {
   int64_t max_prompt_tokens = 0;  // 0: the model's context, or what the KV pool holds if it is less
   // Most tokens that go through the layers at once; a multiple of kBlockTokens.
   int64_t piece_tokens = 8192;
-  int64_t kv_pool_tokens = 0;  // 0: one longest prompt
+  // See SchedulerOptions. 0: 2048, or a piece if that is less.
+  int64_t batch_tokens = 0;
+  // 0: one longest prompt, and four batches of short ones that run between its layers.
+  int64_t kv_pool_tokens = 0;
   // KV on its way out. 0: what 8 longest prompts have, 2 GiB at most; but two pieces at least: one
   // is sent while the next one comes.
   int64_t host_kv_bytes = 0;
@@ -30,6 +33,7 @@ struct EngineOptions {
   // See SchedulerOptions.
   int64_t max_requests = 64;
   int64_t max_tokens = 1 << 20;
+  absl::Duration ageing = absl::Seconds(10);
   absl::Duration default_lease = absl::Seconds(60);
   absl::Duration max_lease = absl::Minutes(10);
   absl::Duration stall_timeout = absl::Seconds(30);
@@ -40,7 +44,7 @@ struct ResolvedModel {
   ModelConfig config;
   KvGeometry geometry;
   int64_t prompt_limit = 0;  // the model's, or the operator's; the pool may hold less
-  int64_t max_rows = 0;      // tokens of the largest piece
+  StepLimits limits;
   MemoryPlan plan;
 };
 

@@ -45,6 +45,15 @@ struct KvPages {
   constexpr int64_t page_elements() const { return 2 * plane_elements(); }
 };
 
+// A page in fp8: scales, float32 [K, V][num_kv_heads], then OCP E4M3 numbers [K, V][num_kv_heads]
+// [kBlockTokens][head_dim]. An element stands for the scale of its plane and head times its number.
+constexpr int64_t Fp8ScaleBytes(const HeadShape& shape) {
+  return int64_t{2} * shape.num_kv_heads * static_cast<int64_t>(sizeof(float));
+}
+constexpr int64_t Fp8PageBytes(const HeadShape& shape) {
+  return Fp8ScaleBytes(shape) + int64_t{2} * shape.num_kv_heads * kBlockTokens * shape.head_dim;
+}
+
 enum class BudgetRule : uint8_t { kOwn, kShared, kRow };
 
 // ProxyAttn (arXiv 2509.24745), every value resolved. `enabled == false` is dense attention.

@@ -132,6 +132,19 @@ struct AttentionArgs {
   absl::Span<const AttentionSequence> sequences;
 };
 
+// A page of the KV cache, and how many of its tokens count.
+struct KvPageTokens {
+  int32_t page = 0;
+  int32_t num_tokens = 0;  // 1 to kBlockTokens; those behind are neither read nor written
+};
+
+struct QuantizeKvArgs {
+  KvPages kv;                            // of compute_dtype
+  absl::Span<const KvPageTokens> pages;  // host memory, valid until the call returns
+  // Backend memory: the same pages in fp8 (see Fp8PageBytes), in this order, one behind the other.
+  void* out = nullptr;
+};
+
 // Time that the device spent.
 struct BackendTimes {
   double selection_seconds = 0;
@@ -225,7 +238,7 @@ class Backend {
   // out = x / rms(x) * weight. x: residual_dtype, out: compute_dtype, both [n, hidden].
   virtual absl::Status RmsNorm(Matrix x, const Buffer& weight, float eps, Matrix out) = 0;
   // in: compute_dtype [n, in]. out: [n, out]; compute_dtype or f32 with kStore, residual_dtype with
-  // kAdd.
+  // kAdd. A row's result does not depend on the others, unless BackendOptions say so.
   virtual absl::Status Linear(const LinearWeight& weight, Matrix in, Matrix out,
                               LinearOutput mode) = 0;
   // QK-norm, RoPE, and K and V to their pages.
@@ -235,6 +248,12 @@ class Backend {
   // out = silu(gate) * up. gate_up: [n, 2 f] with gate in the first f columns; out: [n, f], not in
   // gate_up.
   virtual absl::Status SwiGlu(Matrix gate_up, Matrix out) = 0;
+
+  // Pages to fp8. Of each plane and head: scale = a / 448, a the greatest magnitude of the tokens
+  // that count; number = x / scale, rounded to the nearest E4M3 (ties to even), at most 448 in
+  // magnitude. Both are fp32 divisions, rounded to nearest; a scale of 0 divides as infinity. So
+  // all backends give the same bits. Of a head with infinities or NaN nothing useful comes.
+  virtual absl::Status QuantizeKv(const QuantizeKvArgs& args) = 0;
 
   // ---- results
   // RESOURCE_EXHAUSTED with the number of bytes when there is not enough.
@@ -263,6 +282,9 @@ struct BackendOptions {
   // kAuto: bf16 where the machine multiplies it, else f32.
   ComputeDType dtype = ComputeDType::kAuto;
   int32_t num_threads = 0;  // CPU: 0 = all that this process may use
+  // CUDA: take the fastest algorithm for every number of rows. What a row gets then depends in its
+  // last bits on how many there are.
+  bool fastest_products = false;
 };
 
 // INVALID_ARGUMENT when the device is unknown or not in this build (says what it looked for).

@@ -178,6 +178,17 @@ absl::Status CheckSwiGlu(const OpLimits& limits, const Matrix& gate_up, const Ma
   return CheckActivations(limits, "SwiGLU output", out, limits.compute_dtype, out.rows, out.cols);
 }
 
+absl::Status CheckQuantizeKv(const OpLimits& limits, const QuantizeKvArgs& args) {
+  HEADSTART_RETURN_IF_ERROR(CheckKv(limits, args.kv));
+  for (const KvPageTokens& page : args.pages) {
+    if (page.page >= 0 && page.num_tokens > 0 && page.num_tokens <= kBlockTokens) continue;
+    return absl::InvalidArgumentError(absl::StrCat("page ", page.page, " with ", page.num_tokens,
+                                                   " tokens; pages count from 0 and have 1 to ",
+                                                   kBlockTokens, " tokens"));
+  }
+  return absl::OkStatus();
+}
+
 SequenceAttention::SequenceAttention(const AttentionArgs& args, const AttentionSequence& sequence)
     : q(args.q.Rows(sequence.rows.first_row, sequence.rows.num_rows)),
       out(args.out.Rows(sequence.rows.first_row, sequence.rows.num_rows)),

@@ -30,6 +30,7 @@ absl::Status CheckLinear(const OpLimits& limits, const LinearWeight& weight, con
 absl::Status CheckRope(const OpLimits& limits, const RopeArgs& args);
 absl::Status CheckAttention(const OpLimits& limits, const AttentionArgs& args);
 absl::Status CheckSwiGlu(const OpLimits& limits, const Matrix& gate_up, const Matrix& out);
+absl::Status CheckQuantizeKv(const OpLimits& limits, const QuantizeKvArgs& args);
 
 // One sequence of an Attention call, its rows cut out of the matrices.
 struct SequenceAttention {

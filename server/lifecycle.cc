@@ -7,6 +7,20 @@
 
 namespace headstart {
 
+std::string_view PhaseName(Lifecycle::Phase phase) {
+  switch (phase) {
+    case Lifecycle::Phase::kLoading:
+      return "loading";
+    case Lifecycle::Phase::kServing:
+      return "serving";
+    case Lifecycle::Phase::kDraining:
+      return "draining";
+    case Lifecycle::Phase::kFailed:
+      return "failed";
+  }
+  return "";
+}
+
 absl::Status WhyClosedIn(Lifecycle::Phase phase) {
   constexpr auto kCode = absl::StatusCode::kUnavailable;
   switch (phase) {

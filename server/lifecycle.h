@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <string_view>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
@@ -74,6 +75,9 @@ class Lifecycle {
   int64_t layers_seen_ ABSL_GUARDED_BY(mutex_) = 0;
   absl::Time last_progress_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();
 };
+
+// As one word: loading, serving, draining, failed.
+std::string_view PhaseName(Lifecycle::Phase phase);
 
 // What requests get in a phase; OK for kServing.
 absl::Status WhyClosedIn(Lifecycle::Phase phase);

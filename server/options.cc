@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
 #include "server/net/socket.h"
+#include "server/ops/otlp_sink.h"
 
 namespace headstart {
 namespace {
@@ -35,6 +36,11 @@ absl::Status ValidateOptions(const ServerOptions& options) {
     return UsageError("piece-tokens", absl::StrCat("is ", options.piece_tokens,
                                                    ", not a multiple of ", kBlockTokens));
   }
+  if (options.batch_tokens % kBlockTokens != 0 || options.batch_tokens > options.piece_tokens) {
+    return UsageError("batch-tokens",
+                      absl::StrCat("is ", options.batch_tokens, ", not a multiple of ",
+                                   kBlockTokens, " up to --piece-tokens ", options.piece_tokens));
+  }
   if (options.default_deadline > options.max_deadline) {
     return UsageError("default-deadline", "is longer than --max-deadline");
   }
@@ -44,6 +50,10 @@ absl::Status ValidateOptions(const ServerOptions& options) {
   if (!options.fetch_address.empty() && !ParseHostPort(options.fetch_address).ok()) {
     return UsageError("fetch-address",
                       absl::StrCat("is ", options.fetch_address, ", not host:port"));
+  }
+  if (!options.otlp_endpoint.empty() && !ParseOtlpEndpoint(options.otlp_endpoint).ok()) {
+    return UsageError("otlp-endpoint", absl::StrCat("is ", options.otlp_endpoint,
+                                                    ", not host:port or http(s)://host:port"));
   }
   return ValidateTls(options.tls);
 }

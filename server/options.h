@@ -49,8 +49,10 @@ struct ServerOptions {
   BackendOptions backend;
   int64_t max_prompt_tokens = 0;  // 0: the model's context
   int64_t piece_tokens = 8192;
-  int64_t kv_pool_tokens = 0;  // 0: one longest prompt
-  int64_t host_kv_bytes = 0;   // 0: the engine's default
+  int64_t batch_tokens = 0;    // 0: the engine's default
+  int64_t kv_pool_tokens = 0;  // 0: the engine's default
+  bool prefix_cache = true;
+  int64_t host_kv_bytes = 0;  // 0: the engine's default
   AttentionDefaults attention;
 
   // ---- listeners; port 0 takes a free one
@@ -65,6 +67,7 @@ struct ServerOptions {
   // ---- requests
   int64_t max_queue_requests = 64;
   int64_t max_queue_tokens = 1 << 20;
+  absl::Duration priority_ageing = absl::Seconds(10);
   absl::Duration default_deadline = absl::Seconds(120);
   absl::Duration max_deadline = absl::Minutes(10);
   absl::Duration first_message_timeout = absl::Seconds(10);
@@ -75,6 +78,8 @@ struct ServerOptions {
   // ---- operations
   absl::Duration drain_timeout = absl::Seconds(60);
   absl::Duration stuck_after = absl::Minutes(2);
+  std::string otlp_endpoint;  // where traces go, see ParseOtlpEndpoint; empty: none are made
+  double otlp_sample_ratio = 1;
   LogFormat log_format = LogFormat::kText;
   std::string log_level = "info";
 };

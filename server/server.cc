@@ -1,6 +1,7 @@
 #include "server/server.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <nlohmann/json.hpp>
 #include <utility>
 
@@ -8,10 +9,12 @@
 #include "absl/time/clock.h"
 #include "engine/attention_options.h"
 #include "engine/error.h"
+#include "kernels/base/check.h"
 #include "kernels/base/status_macros.h"
 #include "server/net/self_check.h"
 #include "server/net/tls.h"
 #include "server/ops/logging.h"
+#include "server/ops/otlp_sink.h"
 #include "server/version.h"
 
 namespace headstart {
@@ -66,6 +69,32 @@ absl::StatusOr<ResolvedAttention> DefaultAttention(const ModelConfig& config,
   return attention;
 }
 
+// Who this is, for whoever sees traces of many.
+TraceResource ResourceOf(const ServerOptions& options) {
+  TraceResource resource;
+  const auto add = [&resource](const char* key, const std::string& value) {
+    if (value.empty()) return;
+    auto* attribute = resource.add_attributes();
+    attribute->set_key(key);
+    attribute->mutable_value()->set_string_value(value);
+  };
+  const char* host = std::getenv("HOSTNAME");  // NOLINT(concurrency-mt-unsafe): a pod's name
+  add("service.name", "headstart");
+  add("service.version", kVersion);
+  add("service.instance.id", host == nullptr ? "" : host);
+  add("host.name", host == nullptr ? "" : host);
+  add("headstart.model", ServedModelName(options));
+  return resource;
+}
+
+std::unique_ptr<SpanExporter> MakeSpanExporter(const ServerOptions& options) {
+  if (options.otlp_endpoint.empty()) return nullptr;
+  const absl::StatusOr<OtlpEndpoint> endpoint = ParseOtlpEndpoint(options.otlp_endpoint);
+  HEADSTART_CHECK(endpoint.ok());  // valid options
+  return std::make_unique<SpanExporter>(SpanExporterOptions(), ResourceOf(options),
+                                        MakeOtlpSink(*endpoint));
+}
+
 }  // namespace
 
 EngineOptions ToEngineOptions(const ServerOptions& options) {
@@ -75,10 +104,12 @@ EngineOptions ToEngineOptions(const ServerOptions& options) {
   out.backend = options.backend;
   out.max_prompt_tokens = options.max_prompt_tokens;
   out.piece_tokens = options.piece_tokens;
+  out.batch_tokens = options.batch_tokens;
   out.kv_pool_tokens = options.kv_pool_tokens;
   out.host_kv_bytes = options.host_kv_bytes;
   out.max_requests = options.max_queue_requests;
   out.max_tokens = options.max_queue_tokens;
+  out.ageing = options.priority_ageing;
   out.default_lease = options.default_lease;
   out.max_lease = options.max_lease;
   out.stall_timeout = options.write_stall_timeout;
@@ -99,6 +130,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options,
 Server::Server(ServerOptions options)
     : options_(std::move(options)),
       metrics_(ServedModelName(options_)),
+      span_exporter_(MakeSpanExporter(options_)),
+      tracer_(options_.otlp_sample_ratio, span_exporter_.get()),
       lifecycle_(options_.stuck_after,
                  [this](Lifecycle::Phase phase, bool healthy) { OnChange(phase, healthy); }),
       service_(&context_) {
@@ -107,6 +140,8 @@ Server::Server(ServerOptions options)
   context_.lifecycle = &lifecycle_;
   context_.timer = &timer_;
   context_.metrics = &metrics_;
+  context_.recent_prompts = &recent_prompts_;
+  context_.tracer = &tracer_;
 }
 
 absl::Status Server::Listen() {
@@ -216,7 +251,24 @@ AdminHandlers Server::MakeAdminHandlers() {
             return nlohmann::json({{"version", kVersion}, {"model", context_.model_name}}).dump() +
                    "\n";
           },
+      .status = [this] { return StatusJson(Report()); },
       .drain = [this] { Drain(); }};
+}
+
+StatusReport Server::Report() const {
+  StatusReport report;
+  report.now = absl::Now();
+  report.uptime = report.now - started_at_;
+  report.model = context_.model_name;
+  report.phase = PhaseName(lifecycle_.phase());
+  report.state = Snapshot();
+  report.totals = metrics_.totals();
+  report.prompts = recent_prompts_.Get();
+  if (const ServedModel* model = context_.model.load(); model != nullptr) {
+    report.facts = FactsOf(*model->engine, absl::ZeroDuration());
+    report.requests = model->engine->Requests(StatusReport::kMaxRequests);
+  }
+  return report;
 }
 
 MetricsSnapshot Server::Snapshot() const {
@@ -226,13 +278,21 @@ MetricsSnapshot Server::Snapshot() const {
   if (const ServedModel* model = context_.model.load(); model != nullptr) {
     const Engine& engine = *model->engine;
     s.load = engine.load();
+    s.predicted_drain = engine.PredictDrain();
     s.layers_done = engine.layers_done();
     s.pool_blocks = engine.page_pool().num_pages();
     s.pool_free = engine.page_pool().free_pages();
+    // Looked at later: by then some may be cached that were used.
+    s.pool_cached = std::min(engine.page_pool().cached_pages(), s.pool_free);
     s.pool_acquired = engine.page_pool().acquired();
     s.pool_released = engine.page_pool().released();
+    s.pool_evicted = engine.page_pool().evicted();
     s.host_kv_bytes = engine.host_pages().num_chunks() * engine.host_pages().chunk_bytes();
     s.host_kv_free_bytes = engine.host_pages().free_chunks() * engine.host_pages().chunk_bytes();
+  }
+  if (span_exporter_ != nullptr) {
+    s.trace_spans_exported = span_exporter_->exported();
+    s.trace_spans_dropped = span_exporter_->dropped();
   }
   const ListenerStats connections = listener_->stats();
   s.connections = connections.open;

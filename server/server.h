@@ -9,10 +9,16 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "engine/engine.h"
 #include "server/lifecycle.h"
 #include "server/net/listener.h"
 #include "server/ops/admin_server.h"
+#include "server/ops/recent_prompts.h"
+#include "server/ops/span_exporter.h"
+#include "server/ops/status_report.h"
+#include "server/ops/tracer.h"
 #include "server/rpc/grpc_server.h"
 #include "server/rpc/prefill_service.h"
 #include "server/rpc/service_context.h"
@@ -72,9 +78,14 @@ class Server {
   void WatchCompute();
   absl::Status Live() const;
   AdminHandlers MakeAdminHandlers();
+  StatusReport Report() const;
 
   const ServerOptions options_;
+  const absl::Time started_at_ = absl::Now();
   Metrics metrics_;
+  RecentPrompts recent_prompts_;
+  const std::unique_ptr<SpanExporter> span_exporter_;  // null: no traces
+  Tracer tracer_;
   Lifecycle lifecycle_;
   ServiceContext context_;
   ServedModel served_;  // published through context_.model

@@ -7,7 +7,7 @@ import pathlib
 import re
 import sys
 
-PROJECT = ("kernels/", "engine/", "server/", "client/", "tests/", "headstart/", "google/rpc/")
+PROJECT = ("kernels/", "engine/", "server/", "client/", "tests/", "headstart/", "google/rpc/", "opentelemetry/")
 GENERATED = ("headstart/v1/", "google/rpc/")
 BASE = ("kernels/base/",)
 SEAM = ("kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h")
@@ -25,7 +25,7 @@ MAY_INCLUDE = {
     "engine/schedule/": (*BASE, "engine/schedule/", "engine/ship/", "engine/request.h", "engine/error.h", "kernels/attention_params.h"),
     "engine/run/": (*BASE, "engine/run/", "engine/model/", "engine/ship/", "engine/schedule/step.h", "engine/stopwatch.h", *SEAM),
     "server/net/": (*BASE, "server/net/", "server/options.h"),
-    "server/ops/": (*BASE, "server/ops/", "server/net/socket.h", "server/rpc/call_record.h", "server/options.h", "server/version.h", "engine/"),
+    "server/ops/": (*BASE, "opentelemetry/", "server/ops/", "server/net/socket.h", "server/rpc/call_record.h", "server/options.h", "server/version.h", "engine/"),
     "server/rpc/": (*BASE, *GENERATED, "server/rpc/", "server/ops/", "server/lifecycle.h", "server/options.h", "server/version.h", "engine/", *SEAM),
     "server/": (*BASE, *GENERATED, "server/", "engine/", *SEAM),
     "server/program/main.cc": ("server/", "client/"),  # the program: every subcommand

@@ -19,7 +19,7 @@ check_format() {
 # Leaves compile_commands.json and the generated headers in $build.
 prepare() {
   mkdir -p build
-  { cmake --preset cpu -B "$build" && cmake --build "$build" --target headstart_proto_sources; } >"$build.log" 2>&1 || { cat "$build.log" >&2; die "cmake failed"; }
+  { cmake --preset cpu -B "$build" && cmake --build "$build" --target headstart_generated; } >"$build.log" 2>&1 || { cat "$build.log" >&2; die "cmake failed"; }
 }
 
 # check_tidy CHECKS FILE…: .clang-tidy with CHECKS added, as many files at a time as there are cores.

@@ -15,7 +15,7 @@ cd "$repo_dir"
 install_packages() {
   local packages
   mapfile -t packages <deploy/image/build_packages
-  install_apt_packages "${packages[@]}" clang-format-14 clang-tidy-14 libgtest-dev libgmock-dev openssl prometheus python3 python3-venv
+  install_apt_packages "${packages[@]}" chromium-headless-shell clang-format-14 clang-tidy-14 libomp-14-dev libgtest-dev libgmock-dev openssl prometheus python3 python3-venv
 }
 
 # Makes the Python of the tests: tests/requirements.txt and the client package as it is now.

@@ -1,5 +1,6 @@
 #include "client/c_api/receiver.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <limits>
 #include <memory>
@@ -87,14 +88,19 @@ absl::Status StatusOfCallback(int32_t result, absl::string_view name) {
   return absl::AbortedError(absl::StrCat(name, " returned ", result));
 }
 
-KvDestination ToDestination(const HeadstartKvDestination& from) {
+absl::StatusOr<KvDestination> ToDestination(const HeadstartKvDestination& from) {
+  if (from.values < 0 || from.values > static_cast<int32_t>(KvValues::kF32)) {
+    return absl::InvalidArgumentError(absl::StrCat("values=", from.values, " is not 0, 1 or 2"));
+  }
   KvDestination to{
       .layers = {},
       .plane_bytes = from.plane_bytes,
       .page_tokens = from.page_tokens,
       .page_table = {from.page_table, from.page_table + from.num_pages},
       .strides = {.page = from.page_stride, .head = from.head_stride, .token = from.token_stride},
-      .token_begin = from.token_begin};
+      .token_begin = from.token_begin,
+      .values = static_cast<KvValues>(from.values),
+      .scales = {from.scales, static_cast<size_t>(from.num_scales)}};
   for (int64_t i = 0; i + 1 < from.num_planes; i += 2) {
     to.layers.push_back({.k = static_cast<std::byte*>(from.planes[i]),
                          .v = static_cast<std::byte*>(from.planes[i + 1])});
@@ -206,6 +212,10 @@ HeadstartReply* headstart_fetch(HeadstartClient* client, const HeadstartFetch* f
     return headstart::Reply(absl::InvalidArgumentError("part is no KvPart"));
   headstart::KvReceiverOptions receive = headstart::ReceiverOptions(*callbacks, timeout_s);
   receive.expected.skip_tokens = fetch->skip_tokens;
+  receive.expected.held_pages = headstart::Text(fetch->held_pages);
+  receive.expected.token_ids.resize(fetch->token_ids.size / sizeof(uint32_t));
+  std::copy_n(fetch->token_ids.data, receive.expected.token_ids.size() * sizeof(uint32_t),
+              reinterpret_cast<uint8_t*>(receive.expected.token_ids.data()));
   return headstart::Reply(client->client->Fetch(
       {.fetch_id = headstart::Text(fetch->fetch_id),
        .fetch_address = headstart::Text(fetch->fetch_address)},

@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 /* Grows with every change of this file that a caller must know of. */
-#define HEADSTART_ABI_VERSION 1
+#define HEADSTART_ABI_VERSION 2
 HEADSTART_EXPORT int32_t headstart_abi_version(void);
 
 typedef struct HeadstartClient HeadstartClient;
@@ -93,6 +93,9 @@ typedef struct {
   int64_t head_stride;
   int64_t token_stride;
   int64_t token_begin;
+  int32_t values; /* 0: as sent; fp8 multiplied out: 1 bf16, 2 f32 */
+  float* scales;  /* of fp8 as sent; else null */
+  int64_t num_scales;
 } HeadstartKvDestination;
 
 /* Called on the threads that receive, never two at a time. Anything but 0 ends the call with
@@ -120,7 +123,10 @@ typedef struct {
   const char* fetch_address;
   HeadstartBytes part; /* KvPart */
   int32_t num_stripes;
+  /* Of the request, as are held_pages, which want its token ids: uint32, little-endian. */
   int64_t skip_tokens;
+  HeadstartBytes held_pages;
+  HeadstartBytes token_ids;
 } HeadstartFetch;
 
 /* PrefillClient::Fetch. timeout_s and `cancel` as above. */

@@ -1,7 +1,6 @@
 #include "client/commands/bench_command.h"
 
 #include <algorithm>
-#include <cstring>
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -9,336 +8,261 @@
 #include <utility>
 #include <vector>
 
-#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
+#include "absl/time/clock.h"
+#include "client/commands/bench_flags.h"
 #include "client/commands/command_flags.h"
 #include "client/commands/load.h"
-#include "client/commands/request_report.h"
+#include "client/commands/load_plot.h"
+#include "client/commands/load_progress.h"
+#include "client/commands/load_report.h"
+#include "client/commands/prompt_sender.h"
 #include "client/commands/token_ids.h"
-#include "client/grpc_status.h"
-#include "client/manifest_check.h"
-#include "client/prefill_client.h"
+#include "client/commands/trace.h"
+#include "client/commands/workload.h"
 #include "kernels/base/status_macros.h"
 
 namespace headstart {
 namespace {
 
-struct BenchOptions {
-  PrefillClientOptions client;
-  v1::PrefillRequest request;  // with the attention asked for
-  std::vector<int64_t> lengths = {1024};
-  std::vector<std::string> presets = {"default"};
-  std::string tokens_file;
-  LoadOptions load;
-  int64_t warmup = 1;
-  bool into_memory = false;
-  bool fetch_alone = false;
-  bool json = false;
-};
-
-// A length and a preset: one line of the table.
-struct BenchCell {
-  std::string preset;
-  int64_t length = 0;
-  LoadResult result;
-  LoadSummary summary;
-};
-
 class Bench {
  public:
   explicit Bench(const BenchOptions& options) : options_(options) {}
 
-  // Connects, and finds out what a prompt may be.
+  // Connects, reads what is to be sent, and takes memory.
   absl::Status Prepare();
-  BenchCell Run(const std::string& preset, int64_t length);
-  nlohmann::json ServerJson() const;
+  // Measures cell by cell, and tells of each when it is done.
+  void Run();
+  nlohmann::json ResultsJson() const;
+  const std::vector<BenchCell>& cells() const { return cells_; }
 
  private:
-  v1::PrefillRequest MakeRequest(const std::string& preset, int64_t length, int64_t index) const;
-  LoadSample Send(const v1::PrefillRequest& request, int worker);
-  // Waits until the prompt is computed, then takes its KV: the sample's time is the fetch's alone.
-  absl::Status FetchAlone(v1::PrefillRequest request, int worker, LoadSample* sample);
-  absl::Status PrefillAndTake(const v1::PrefillRequest& request, int worker, LoadSample* sample);
-  KvReceiverOptions ReceiverOf(int worker);
-  absl::Status TakeMemory(int workers);
-  // Puts the KV into the worker's memory, which stays from request to request.
-  absl::StatusOr<KvDestination> PlaceKv(const KvShape& shape, int worker);
+  absl::Status ReadTraceFile();
+  absl::Status MakeWorkloads();
+  absl::Status ReadText();
+  // What of a cell is told beyond a line.
+  bool detailed() const;
+  LoadOptions LoadOf(const Workload& workload) const;
+  BenchCell RunCell(const std::string& preset, const Workload& workload);
+  SendRequest Ready(const std::string& preset, const Workload& workload, int64_t index, int worker,
+                    LoadProgress* progress);
+  v1::PrefillRequest MakeRequest(const std::string& preset, const LoadPrompt& prompt) const;
+  std::string NameOf(const Workload& workload) const;
+  nlohmann::json LoadJson() const;
+  nlohmann::json ServerJson() const;
 
   const BenchOptions& options_;
-  std::vector<std::unique_ptr<PrefillClient>> clients_;
-  std::vector<KvBuffer> memory_;  // by worker
-  v1::GetModelInfoResponse model_;
-  v1::GetServerInfoResponse server_;
+  std::unique_ptr<PromptSender> sender_;
+  Trace trace_;
   std::vector<uint32_t> text_;  // from the tokens file
+  std::vector<Workload> workloads_;
+  HeldPrefixes held_;
+  std::vector<BenchCell> cells_;
 };
 
 absl::Status Bench::Prepare() {
-  PrefillClientOptions client_options = options_.client;
-  client_options.retry.max_attempts = 1;  // a refusal is a result
-  const bool open_loop = options_.load.rate_per_second > 0;
-  const int num_clients =
-      open_loop ? std::min(options_.load.max_outstanding, 8) : options_.load.concurrency;
-  for (int i = 0; i < num_clients; ++i) {
-    HEADSTART_ASSIGN_OR_RETURN(auto client, PrefillClient::Create(client_options));
-    clients_.push_back(std::move(client));
-  }
-  HEADSTART_ASSIGN_OR_RETURN(model_, clients_[0]->GetModelInfo());
-  HEADSTART_ASSIGN_OR_RETURN(server_, clients_[0]->GetServerInfo());
-  HEADSTART_RETURN_IF_ERROR(TakeMemory(open_loop ? options_.load.max_outstanding : num_clients));
-  if (model_.vocab_size() == 0) return absl::DataLossError("the server's model has no vocabulary");
-  if (options_.tokens_file.empty()) return absl::OkStatus();
-  HEADSTART_ASSIGN_OR_RETURN(text_, ReadTokenIds(options_.tokens_file));
-  const int64_t longest = *std::max_element(options_.lengths.begin(), options_.lengths.end());
-  if (static_cast<int64_t>(text_.size()) >= longest) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(options_.tokens_file, " has ", text_.size(),
-                                                 " tokens, --lengths wants ", longest));
+  const LoadOptions& load = options_.load;
+  const bool traced = !options_.trace_file.empty() && options_.replay_times;
+  const bool open_loop = traced || load.open_loop();
+  HEADSTART_ASSIGN_OR_RETURN(
+      sender_,
+      PromptSender::Create(options_.sender, open_loop ? load.max_outstanding : load.concurrency));
+  if (!options_.trace_file.empty()) HEADSTART_RETURN_IF_ERROR(ReadTraceFile());
+  HEADSTART_RETURN_IF_ERROR(MakeWorkloads());
+  HEADSTART_RETURN_IF_ERROR(ReadText());
+  if (workloads_.size() * options_.presets.size() > 1 && !options_.plot_file.empty())
+    return absl::InvalidArgumentError("--plot shows one preset, and one length, mix or trace");
+  int64_t longest = 0;
+  for (const Workload& workload : workloads_) longest = std::max(longest, workload.longest());
+  // How many prompts of an open loop are under way at a time is not known before: their memory
+  // grows.
+  return sender_->Reserve(open_loop ? 0 : load.concurrency, longest);
 }
 
-v1::PrefillRequest Bench::MakeRequest(const std::string& preset, int64_t length,
-                                      int64_t index) const {
+absl::Status Bench::ReadTraceFile() {
+  TraceOptions options = options_.trace;
+  options.max_prompts = options_.load.num_requests;
+  options.max_tokens = sender_->model().max_prompt_tokens();
+  if (options_.replay_times) options.duration = options_.load.duration;
+  HEADSTART_ASSIGN_OR_RETURN(trace_, ReadTrace(options_.trace_file, options));
+  return absl::OkStatus();
+}
+
+absl::Status Bench::MakeWorkloads() {
+  Workload workload;
+  HEADSTART_ASSIGN_OR_RETURN(workload.priorities, Mix::Parse(options_.priorities, -100, 100));
+  HEADSTART_ASSIGN_OR_RETURN(workload.lengths, Mix::Parse(options_.lengths, 1, kMaxBenchTokens));
+  workload.vocab_size = sender_->model().vocab_size();
+  workload.seed = options_.load.seed;
+  if (!options_.tokens_file.empty()) workload.text = &text_;
+  if (!options_.trace_file.empty()) workload.trace = &trace_;
+  if (workload.trace != nullptr || workload.lengths.weighted()) {
+    workloads_.push_back(workload);
+    return absl::OkStatus();
+  }
+  for (const Mix::Part& part : workload.lengths.parts()) {
+    workloads_.push_back(workload);
+    workloads_.back().lengths = Mix::Of(part.value);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Bench::ReadText() {
+  if (options_.tokens_file.empty()) return absl::OkStatus();
+  HEADSTART_ASSIGN_OR_RETURN(text_, ReadTokenIds(options_.tokens_file));
+  for (const Workload& workload : workloads_) {
+    if (workload.longest() <= static_cast<int64_t>(text_.size())) continue;
+    return absl::InvalidArgumentError(absl::StrCat(options_.tokens_file, " has ", text_.size(),
+                                                   " tokens, --lengths wants ",
+                                                   workload.longest()));
+  }
+  return absl::OkStatus();
+}
+
+bool Bench::detailed() const {
+  return workloads_[0].trace != nullptr || workloads_[0].lengths.weighted() ||
+         options_.load.open_loop() || options_.slo_ttft != absl::InfiniteDuration();
+}
+
+LoadOptions Bench::LoadOf(const Workload& workload) const {
+  LoadOptions load = options_.load;
+  if (workload.trace != nullptr) {
+    load.num_requests = static_cast<int64_t>(workload.trace->prompts.size());
+    if (options_.replay_times)
+      for (const TracePrompt& prompt : workload.trace->prompts) load.arrivals.push_back(prompt.due);
+  } else if (load.num_requests == 0 && load.duration == absl::InfiniteDuration()) {
+    load.num_requests = 5;
+  }
+  return load;
+}
+
+v1::PrefillRequest Bench::MakeRequest(const std::string& preset, const LoadPrompt& prompt) const {
+  v1::PrefillRequest request = options_.request;
   // Single values mean nothing to dense attention.
-  v1::PrefillRequest request = preset == "exact" ? v1::PrefillRequest() : options_.request;
+  if (preset == "exact") request.clear_attention();
   if (preset != "default") request.mutable_attention()->set_preset(PresetNamed(preset));
-  const std::vector<uint32_t> ids =
-      text_.empty() ? RandomTokenIds(length, model_.vocab_size(),
-                                     options_.load.seed + static_cast<uint64_t>(index))
-                    : std::vector<uint32_t>(text_.begin(), text_.begin() + length);
-  request.mutable_token_ids()->Add(ids.begin(), ids.end());
+  request.set_prefix_reuse(options_.prefix_reuse.value_or(
+      text_.empty() ? v1::PREFIX_REUSE_SAME_ATTENTION : v1::PREFIX_REUSE_NONE));
+  request.set_priority(prompt.priority);
+  request.mutable_token_ids()->Add(prompt.token_ids.begin(), prompt.token_ids.end());
   return request;
 }
 
-absl::StatusOr<KvDestination> Bench::PlaceKv(const KvShape& shape, int worker) {
-  KvBuffer& memory = memory_[static_cast<size_t>(worker)];
-  if (memory.bytes < shape.total_bytes()) {
-    HEADSTART_ASSIGN_OR_RETURN(memory, AllocateKv(shape));
-  }
-  return ContiguousKv(shape, memory.span().first(static_cast<size_t>(shape.total_bytes())));
-}
-
-// A decode node has its memory before a prompt comes: all of it is there before anything is
-// measured.
-absl::Status Bench::TakeMemory(int workers) {
-  const v1::KvLayout& layout = model_.kv_layout();
-  const KvShape shape{
-      .num_layers = layout.num_layers(),
-      .num_kv_heads = layout.num_kv_heads(),
-      .head_dim = layout.head_dim(),
-      .num_tokens = *std::max_element(options_.lengths.begin(), options_.lengths.end()),
-      .element_bytes = KvDtypeBytes(layout.dtype())};
-  memory_.resize(static_cast<size_t>(workers));
-  if (!options_.into_memory) return absl::OkStatus();
-  for (KvBuffer& memory : memory_) {
-    HEADSTART_ASSIGN_OR_RETURN(memory, AllocateKv(shape));
-    std::memset(memory.data.get(), 0, static_cast<size_t>(memory.bytes));
-  }
-  return absl::OkStatus();
-}
-
-KvReceiverOptions Bench::ReceiverOf(int worker) {
-  KvReceiverOptions receive;
-  if (options_.into_memory) {
-    receive.on_manifest = [this, worker](const v1::KvManifest&, const KvShape& shape) {
-      return PlaceKv(shape, worker);
-    };
-  }
-  return receive;
-}
-
-absl::Status Bench::PrefillAndTake(const v1::PrefillRequest& request, int worker,
-                                   LoadSample* sample) {
-  HEADSTART_ASSIGN_OR_RETURN(
-      const PrefillOutcome outcome,
-      clients_[worker % clients_.size()]->Prefill(request, ReceiverOf(worker)));
-  sample->ttft = outcome.timing.completed;
-  sample->kv_bytes = static_cast<int64_t>(outcome.completed.kv_bytes());
-  sample->exposed_transfer = ExposedTransfer(outcome.completed);
-  sample->connections = outcome.connections;
-  sample->density = Density(outcome.completed);
-  return absl::OkStatus();
-}
-
-absl::Status Bench::FetchAlone(v1::PrefillRequest request, int worker, LoadSample* sample) {
-  const PrefillClient& client = *clients_[worker % clients_.size()];
-  request.mutable_detached();
-  KvLocation location;
-  KvReceiverOptions prefill;
-  prefill.on_accepted = [&location](const v1::Accepted& accepted) {
-    location = {accepted.fetch_id(), accepted.fetch_address()};
-    return absl::OkStatus();
+SendRequest Bench::Ready(const std::string& preset, const Workload& workload, int64_t index,
+                         int worker, LoadProgress* progress) {
+  LoadPrompt prompt = PromptOf(workload, index);
+  v1::PrefillRequest request = MakeRequest(preset, prompt);
+  return [this, worker, progress, request = std::move(request),
+          names = std::move(prompt.prefix_names)](LoadSample* sample) mutable {
+    if (options_.client_keeps_kv) {
+      const int64_t held = held_.CountHeld(names) * trace_.block_tokens;
+      request.set_skip_tokens(
+          static_cast<uint32_t>(std::min<int64_t>(held, request.token_ids_size() - 1)));
+    }
+    progress->Sent();
+    sender_->Send(request, worker, sample);
+    if (sample->ok()) held_.Add(names);
+    progress->Ended(*sample);
   };
-  HEADSTART_ASSIGN_OR_RETURN(const PrefillOutcome outcome, client.Prefill(request, prefill));
-  sample->connections = std::max(options_.client.connections, 1);
-  sample->density = Density(outcome.completed);
-  const absl::Time start = absl::Now();
-  const absl::StatusOr<FetchOutcome> fetched =
-      client.Fetch(location, {}, sample->connections, ReceiverOf(worker));
-  sample->ttft = absl::Now() - start;
-  HEADSTART_RETURN_IF_ERROR(client.ReleaseKv(location));
-  HEADSTART_RETURN_IF_ERROR(fetched.status());
-  sample->kv_bytes = static_cast<int64_t>(fetched->completed.kv_bytes());
-  return absl::OkStatus();
 }
 
-LoadSample Bench::Send(const v1::PrefillRequest& request, int worker) {
-  LoadSample sample;
-  const absl::Status status = options_.fetch_alone ? FetchAlone(request, worker, &sample)
-                                                   : PrefillAndTake(request, worker, &sample);
-  if (!status.ok()) {
-    const std::string reason = ErrorReasonOf(status);
-    sample.error =
-        absl::StrCat(absl::StatusCodeToString(status.code()), reason.empty() ? "" : " ", reason);
-    sample.message = DescribeStatus(status);
-    return sample;
+BenchCell Bench::RunCell(const std::string& preset, const Workload& workload) {
+  for (int64_t i = 0; i < options_.warmup; ++i) {
+    LoadSample sample;
+    sample.planned = absl::Now();
+    sender_->Send(MakeRequest(preset, PromptOf(workload, -1 - i)), 0, &sample);
   }
-  sample.prompt_tokens = request.token_ids_size();
-  return sample;
-}
-
-BenchCell Bench::Run(const std::string& preset, int64_t length) {
-  for (int64_t i = 0; i < options_.warmup; ++i) Send(MakeRequest(preset, length, -1 - i), 0);
-  BenchCell cell{.preset = preset, .length = length, .result = {}, .summary = {}};
-  cell.result = RunLoad(options_.load, [&](int64_t index, int worker) {
-    return Send(MakeRequest(preset, length, index), worker);
+  BenchCell cell{.preset = preset,
+                 .tokens = NameOf(workload),
+                 .slo_ttft = options_.slo_ttft,
+                 .result = {},
+                 .summary = {}};
+  LoadProgress progress;
+  cell.result = RunLoad(LoadOf(workload), [&](int64_t index, int worker) {
+    return Ready(preset, workload, index, worker, &progress);
   });
-  cell.summary = Summarize(cell.result);
+  progress.Clear();
+  cell.summary = Summarize(cell.result, options_.slo_ttft);
   return cell;
 }
 
+std::string Bench::NameOf(const Workload& workload) const {
+  if (workload.trace != nullptr) return "trace";
+  return workload.lengths.weighted() ? "mix" : absl::StrCat(workload.longest());
+}
+
+void Bench::Run() {
+  if (!options_.json && !detailed()) std::cout << FormatCellHeader() << std::flush;
+  if (!options_.json && trace_.num_cut + trace_.num_skipped > 0) {
+    std::cout << "longer than " << sender_->model().max_prompt_tokens()
+              << " tokens: " << trace_.num_cut << " cut, " << trace_.num_skipped << " left out\n";
+  }
+  for (const Workload& workload : workloads_) {
+    for (const std::string& preset : options_.presets) {
+      cells_.push_back(RunCell(preset, workload));
+      if (options_.json) continue;
+      std::cout << (detailed() ? FormatCellDetails(cells_.back()) : FormatCellLine(cells_.back()))
+                << std::flush;
+    }
+  }
+}
+
 nlohmann::json Bench::ServerJson() const {
-  return {{"model", model_.model()},
-          {"model_hash", model_.model_hash()},
-          {"kv_bytes_per_token", model_.kv_bytes_per_token()},
-          {"version", server_.version()},
-          {"backend", server_.backend()},
-          {"device", server_.device()}};
+  const v1::GetModelInfoResponse& model = sender_->model();
+  const v1::GetServerInfoResponse& server = sender_->server();
+  return {{"model", model.model()},
+          {"model_hash", model.model_hash()},
+          {"kv_bytes_per_token", model.kv_bytes_per_token()},
+          {"max_prompt_tokens", model.max_prompt_tokens()},
+          {"version", server.version()},
+          {"backend", server.backend()},
+          {"device", server.device()}};
 }
 
-std::string FormatHeader() {
-  return absl::StrFormat("%-10s %8s %9s %10s %9s %9s %9s %8s %8s %9s %5s\n", "preset", "tokens",
-                         "requests", "tokens/s", "TTFT p50", "p90", "p99", "density", "KV GB/s",
-                         "exposed", "conns");
+nlohmann::json Bench::LoadJson() const {
+  nlohmann::json load = {{"concurrency", options_.load.concurrency},
+                         {"rate", options_.load.rate_per_second},
+                         {"seed", options_.load.seed},
+                         {"lengths", options_.lengths},
+                         {"priorities", options_.priorities},
+                         {"deadline_seconds", absl::ToDoubleSeconds(options_.sender.deadline)},
+                         {"tokens_file", options_.tokens_file}};
+  if (options_.trace_file.empty()) return load;
+  load["trace"] = {{"file", options_.trace_file},   {"prompts", trace_.prompts.size()},
+                   {"speed", options_.trace.speed}, {"block_tokens", trace_.block_tokens},
+                   {"cut", trace_.num_cut},         {"skipped", trace_.num_skipped}};
+  return load;
 }
 
-std::string FormatCell(const BenchCell& cell) {
-  const LoadSummary& s = cell.summary;
-  std::string text =
-      absl::StrFormat("%-10s %8d %9s %10.0f %8.3fs %8.3fs %8.3fs %8.3f %8.3f %8.3fs %5d\n",
-                      cell.preset, cell.length, absl::StrCat(s.ok, "/", cell.result.samples.size()),
-                      s.tokens_per_second, s.ttft_p50, s.ttft_p90, s.ttft_p99, s.density,
-                      s.kv_gigabytes_per_second, s.exposed_transfer_p50, s.connections);
-  for (const auto& [kind, errors] : s.errors) {
-    absl::StrAppendFormat(&text, "  %d x %s, as: %s\n", errors.count, absl::Utf8SafeCEscape(kind),
-                          errors.example);
-  }
-  return text;
-}
-
-nlohmann::json CellJson(const BenchCell& cell) {
-  const LoadSummary& s = cell.summary;
-  nlohmann::json errors = nlohmann::json::object();
-  for (const auto& [kind, of_kind] : s.errors)
-    errors[kind] = {{"count", of_kind.count}, {"example", of_kind.example}};
-  std::vector<double> ttft;
-  for (const LoadSample& sample : cell.result.samples) {
-    if (sample.error.empty()) ttft.push_back(absl::ToDoubleSeconds(sample.ttft));
-  }
-  return {{"preset", cell.preset},
-          {"prompt_tokens", cell.length},
-          {"requests", cell.result.samples.size()},
-          {"ok", s.ok},
-          {"errors", errors},
-          {"wall_seconds", absl::ToDoubleSeconds(cell.result.wall)},
-          {"tokens_per_second", s.tokens_per_second},
-          {"ttft_seconds",
-           {{"p50", s.ttft_p50}, {"p90", s.ttft_p90}, {"p99", s.ttft_p99}, {"all", ttft}}},
-          {"density", s.density},
-          {"exposed_transfer_seconds", {{"p50", s.exposed_transfer_p50}}},
-          {"connections", s.connections},
-          {"kv_gigabytes_per_second", s.kv_gigabytes_per_second}};
+nlohmann::json Bench::ResultsJson() const {
+  nlohmann::json results = nlohmann::json::array();
+  for (const BenchCell& cell : cells_) results.push_back(CellJson(cell));
+  return {{"server", ServerJson()}, {"load", LoadJson()}, {"results", results}};
 }
 
 // Fails when no request of any cell went well.
-absl::Status RunBench(BenchOptions options) {
+absl::Status RunBench(const BenchOptions& options) {
   KeepReceiveMemory();
-  const bool endless =
-      options.load.num_requests == 0 && options.load.duration == absl::InfiniteDuration();
-  if (endless) options.load.num_requests = 5;
   Bench bench(options);
   HEADSTART_RETURN_IF_ERROR(bench.Prepare());
-  nlohmann::json cells = nlohmann::json::array();
-  int64_t ok = 0;
-  if (!options.json) std::cout << FormatHeader() << std::flush;
-  for (const int64_t length : options.lengths) {
-    for (const std::string& preset : options.presets) {
-      const BenchCell cell = bench.Run(preset, length);
-      ok += cell.summary.ok;
-      if (!options.json) std::cout << FormatCell(cell) << std::flush;
-      cells.push_back(CellJson(cell));
-    }
-  }
-  if (options.json) {
-    const nlohmann::json load = {{"concurrency", options.load.concurrency},
-                                 {"rate", options.load.rate_per_second},
-                                 {"seed", options.load.seed},
-                                 {"tokens_file", options.tokens_file}};
-    std::cout << nlohmann::json{{"server", bench.ServerJson()}, {"load", load}, {"results", cells}}
-                     .dump(2)
-              << std::endl;
-  }
-  return ok > 0 ? absl::OkStatus() : absl::UnavailableError("no request went well");
-}
-
-void AddLoadFlags(CLI::App& command, BenchOptions* options) {
-  command
-      .add_option("--requests", options->load.num_requests,
-                  "Requests of every length and preset; default 5 without --duration")
-      ->check(CLI::Range(int64_t{1}, int64_t{1000000}));
-  AddDurationFlag(command, "--duration", &options->load.duration,
-                  "Time of every length and preset in which requests start");
-  auto* concurrency =
-      command
-          .add_option("--concurrency", options->load.concurrency, "Closed loop: requests under way")
-          ->check(CLI::Range(1, 1024))
-          ->capture_default_str();
-  command
-      .add_option("--rate", options->load.rate_per_second, "Open loop: Poisson arrivals per second")
-      ->check(CLI::Range(1e-6, 1e6))
-      ->excludes(concurrency);
-  command.add_option("--warmup", options->warmup, "Requests before every measurement")
-      ->check(CLI::Range(0, 1000))
-      ->capture_default_str();
-  command.add_option("--seed", options->load.seed, "Of prompts and arrivals")
-      ->capture_default_str();
+  bench.Run();
+  if (options.json) std::cout << bench.ResultsJson().dump(2) << std::endl;
+  if (!options.records_file.empty())
+    HEADSTART_RETURN_IF_ERROR(WriteRecords(options.records_file, bench.cells()));
+  if (!options.plot_file.empty())
+    HEADSTART_RETURN_IF_ERROR(WritePlot(options.plot_file, bench.cells().front()));
+  const bool some_ok = std::any_of(bench.cells().begin(), bench.cells().end(),
+                                   [](const BenchCell& cell) { return cell.summary.all.ok > 0; });
+  return some_ok ? absl::OkStatus() : absl::UnavailableError("no request went well");
 }
 
 }  // namespace
 
 void AddBenchCommand(CLI::App& app, std::function<void(int)> set_exit_code) {
   auto options = std::make_shared<BenchOptions>();
-  CLI::App& command =
-      *app.add_subcommand("bench", "Measure a running server: tokens/s, TTFT, density, KV rate");
-  AddConnectionFlags(command, &options->client);
-  command.add_option("--lengths", options->lengths, "Prompt lengths in tokens, apart by commas")
-      ->delimiter(',')
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 24))
-      ->capture_default_str();
-  command
-      .add_option("--presets", options->presets,
-                  "default (the server's), exact, paper, balanced, fast; apart by commas")
-      ->delimiter(',')
-      ->check(CLI::IsMember({"default", "exact", "paper", "balanced", "fast"}))
-      ->capture_default_str();
-  command.add_option("--tokens-file", options->tokens_file,
-                     "Prompts are the beginning of these ids (real text); default: random ids");
-  command.add_flag(
-      "--into-memory", options->into_memory,
-      "Place the KV into memory, as a decode node does; else it is checked and dropped");
-  command.add_flag("--fetch-alone", options->fetch_alone,
-                   "Detached KV is fetched when it is computed; TTFT is the time of the fetch");
-  AddLoadFlags(command, options.get());
-  AddAttentionFlags(command, /*with_preset=*/false, &options->request);
-  command.add_flag("--json", options->json, "Print JSON instead of a table");
+  CLI::App& command = *app.add_subcommand(
+      "bench", "Load a running server: tokens/s, TTFT, KV rate, prefix hits, refusals");
+  AddBenchFlags(command, options.get());
   command.final_callback([options, set_exit_code = std::move(set_exit_code)] {
     set_exit_code(ReportStatus("headstart bench", RunBench(*options)));
   });

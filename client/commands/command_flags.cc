@@ -31,6 +31,15 @@ const std::map<std::string, v1::BudgetRule>& BudgetRules() {
   return *rules;
 }
 
+const std::map<std::string, v1::KvDtype>& KvDtypes() {
+  static const auto* dtypes =
+      new std::map<std::string, v1::KvDtype>{{"bf16", v1::KV_DTYPE_BF16},
+                                             {"f16", v1::KV_DTYPE_F16},
+                                             {"f32", v1::KV_DTYPE_F32},
+                                             {"fp8_e4m3", v1::KV_DTYPE_FP8_E4M3}};
+  return *dtypes;
+}
+
 }  // namespace
 
 void AddConnectionFlags(CLI::App& app, PrefillClientOptions* options) {
@@ -111,6 +120,15 @@ void AddAttentionFlags(CLI::App& app, bool with_preset, v1::PrefillRequest* requ
             "Last query blocks that see everything");
   add_count("--dense-below-tokens", &Options::set_dense_below_tokens,
             "Prompts up to this length run dense");
+}
+
+void AddKvDtypeFlag(CLI::App& app, v1::PrefillRequest* request) {
+  app.add_option_function<std::string>(
+         "--kv-dtype",
+         [request](const std::string& name) { request->set_kv_dtype(KvDtypes().at(name)); },
+         "Type in which the KV is sent, default what the server computes in; fp8_e4m3 is half of "
+         "bf16")
+      ->check(CLI::IsMember(KvDtypes()));
 }
 
 std::string PresetName(v1::AttentionPreset preset) {

@@ -25,6 +25,9 @@ CLI::Option* AddDurationFlag(CLI::App& app, const std::string& flag, absl::Durat
 // server's default.
 void AddAttentionFlags(CLI::App& app, bool with_preset, v1::PrefillRequest* request);
 
+// --kv-dtype, to `request`.
+void AddKvDtypeFlag(CLI::App& app, v1::PrefillRequest* request);
+
 // "exact", "paper", "balanced", "fast".
 std::string PresetName(v1::AttentionPreset preset);
 // REQUIRES: one of these names.

@@ -8,7 +8,9 @@
 #include <utility>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/synchronization/blocking_counter.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 
 namespace headstart {
@@ -32,58 +34,89 @@ class Samples {
   std::vector<LoadSample> samples_ ABSL_GUARDED_BY(mutex_);
 };
 
-void RunThreads(int count, const std::function<void(int)>& body) {
-  std::vector<std::thread> threads;
-  for (int i = 0; i < count; ++i) threads.emplace_back(body, i);
-  for (std::thread& thread : threads) thread.join();
+// Joins its threads where it ends.
+class Workers {
+ public:
+  Workers(int count, const std::function<void(int)>& body) {
+    for (int i = 0; i < count; ++i) threads_.emplace_back(body, i);
+  }
+  ~Workers() {
+    for (std::thread& thread : threads_) thread.join();
+  }
+  Workers(const Workers&) = delete;
+  Workers& operator=(const Workers&) = delete;
+
+ private:
+  std::vector<std::thread> threads_;
+};
+
+LoadSample SendAt(absl::Time planned, const SendRequest& send) {
+  LoadSample sample;
+  sample.sent = absl::Now();
+  sample.planned = std::min(planned, sample.sent);
+  send(&sample);
+  sample.ended = absl::Now();
+  return sample;
 }
 
 // Every worker takes the next request when its last one is done.
-void RunClosedLoop(const LoadOptions& options, absl::Time start, const SendRequest& send,
-                   Samples* samples) {
+absl::Time RunClosedLoop(const LoadOptions& options, const PrepareRequest& prepare,
+                         Samples* samples) {
+  const absl::Time start = absl::Now();
   std::atomic<int64_t> next{0};
-  RunThreads(options.concurrency, [&](int worker) {
+  const Workers workers(options.concurrency, [&](int worker) {
     while (absl::Now() < start + options.duration) {
       const int64_t index = next++;
       if (options.num_requests > 0 && index >= options.num_requests) return;
-      samples->Put(index, send(index, worker));
+      const SendRequest send = prepare(index, worker);
+      samples->Put(index, SendAt(absl::InfiniteFuture(), send));
     }
   });
+  return start;
 }
 
-// Every worker takes the next arrival and waits until it is due.
-void RunOpenLoop(const LoadOptions& options, absl::Time start, const SendRequest& send,
-                 Samples* samples) {
+// Every worker takes the next arrival and waits until it is due. The clock starts when all have
+// made their first one ready.
+absl::Time RunOpenLoop(const LoadOptions& options, const PrepareRequest& prepare,
+                       Samples* samples) {
   const std::vector<absl::Duration> arrivals = ArrivalTimes(options);
-  const int workers = static_cast<int>(std::min<int64_t>(options.max_outstanding, arrivals.size()));
+  const auto num_arrivals = static_cast<int64_t>(arrivals.size());
+  const int num_workers =
+      static_cast<int>(std::min<int64_t>(options.max_outstanding, num_arrivals));
   std::atomic<int64_t> next{0};
-  RunThreads(workers, [&](int worker) {
-    for (int64_t index = next++; index < static_cast<int64_t>(arrivals.size()); index = next++) {
+  absl::BlockingCounter ready(num_workers);
+  absl::Notification started;
+  absl::Time start;
+  const Workers workers(num_workers, [&](int worker) {
+    bool first = true;
+    for (int64_t index = next++; index < num_arrivals; index = next++) {
+      const SendRequest send = prepare(index, worker);
+      if (first) ready.DecrementCount();
+      first = false;
+      started.WaitForNotification();
       const absl::Time due = start + arrivals[index];
       absl::SleepFor(due - absl::Now());
-      const absl::Duration late = absl::Now() - due;
-      LoadSample sample = send(index, worker);
-      sample.ttft += late;
-      samples->Put(index, std::move(sample));
+      samples->Put(index, SendAt(due, send));
     }
   });
+  ready.Wait();
+  start = absl::Now();
+  started.Notify();
+  return start;
 }
 
 }  // namespace
 
-LoadResult RunLoad(const LoadOptions& options, const SendRequest& send) {
+LoadResult RunLoad(const LoadOptions& options, const PrepareRequest& prepare) {
   Samples samples;
-  const absl::Time start = absl::Now();
-  if (options.rate_per_second > 0) {
-    RunOpenLoop(options, start, send, &samples);
-  } else {
-    RunClosedLoop(options, start, send, &samples);
-  }
+  const absl::Time start = options.open_loop() ? RunOpenLoop(options, prepare, &samples)
+                                               : RunClosedLoop(options, prepare, &samples);
   const absl::Duration wall = absl::Now() - start;
-  return {samples.Take(), wall};
+  return {samples.Take(), start, wall};
 }
 
 std::vector<absl::Duration> ArrivalTimes(const LoadOptions& options) {
+  if (!options.arrivals.empty()) return options.arrivals;
   std::mt19937_64 random(options.seed);
   std::vector<absl::Duration> times;
   absl::Duration at;
@@ -95,45 +128,6 @@ std::vector<absl::Duration> ArrivalTimes(const LoadOptions& options) {
     times.push_back(at);
   }
   return times;
-}
-
-double Percentile(std::vector<double> values, double share) {
-  if (values.empty()) return 0.0;
-  std::sort(values.begin(), values.end());
-  const auto rank = static_cast<int64_t>(std::ceil(share * static_cast<double>(values.size())));
-  return values[std::clamp<int64_t>(rank - 1, 0, static_cast<int64_t>(values.size()) - 1)];
-}
-
-LoadSummary Summarize(const LoadResult& result) {
-  LoadSummary summary;
-  std::vector<double> ttft, exposed;
-  int64_t tokens = 0;
-  int64_t kv_bytes = 0;
-  for (const LoadSample& sample : result.samples) {
-    if (!sample.error.empty()) {
-      LoadSummary::Errors& errors = summary.errors[sample.error];
-      if (errors.count++ == 0) errors.example = sample.message;
-      continue;
-    }
-    ++summary.ok;
-    tokens += sample.prompt_tokens;
-    kv_bytes += sample.kv_bytes;
-    summary.density += sample.density;
-    ttft.push_back(absl::ToDoubleSeconds(sample.ttft));
-    exposed.push_back(absl::ToDoubleSeconds(sample.exposed_transfer));
-    summary.connections = std::max(summary.connections, sample.connections);
-  }
-  const double wall = absl::ToDoubleSeconds(result.wall);
-  if (summary.ok > 0) {
-    summary.density /= static_cast<double>(summary.ok);
-    summary.tokens_per_second = static_cast<double>(tokens) / wall;
-    summary.kv_gigabytes_per_second = static_cast<double>(kv_bytes) / wall / 1e9;
-  }
-  summary.exposed_transfer_p50 = Percentile(std::move(exposed), 0.5);
-  summary.ttft_p50 = Percentile(ttft, 0.5);
-  summary.ttft_p90 = Percentile(ttft, 0.9);
-  summary.ttft_p99 = Percentile(std::move(ttft), 0.99);
-  return summary;
 }
 
 }  // namespace headstart

@@ -1,10 +1,13 @@
-// Load on a server: closed loop (a fixed number of requests under way) or open loop (Poisson
-// arrivals that wait for nobody), and what the samples add up to. Knows no gRPC.
+// Load on a server: closed loop (a fixed number of requests under way) or open loop (arrivals that
+// wait for nobody). Knows no gRPC.
+//
+// An open loop is honest about its own slowness: whatever counts, counts from when a request was
+// planned, not from when it could be sent (no coordinated omission).
 #pragma once
 
 #include <cstdint>
 #include <functional>
-#include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -14,60 +17,67 @@ namespace headstart {
 
 struct LoadOptions {
   int concurrency = 1;         // closed loop: requests under way
-  double rate_per_second = 0;  // > 0: open loop
-  int max_outstanding =
-      1024;  // open loop: beyond it arrivals wait, and their waiting counts as theirs
+  double rate_per_second = 0;  // > 0: open loop, Poisson
+  // Open loop, when requests are due, counted from the start, in order. Empty: Poisson.
+  std::vector<absl::Duration> arrivals = {};
+  // Open loop: beyond it arrivals wait, and their waiting counts as theirs.
+  int max_outstanding = 1024;
   int64_t num_requests = 0;                            // 0: as many as the duration holds
   absl::Duration duration = absl::InfiniteDuration();  // no request starts later
-  uint64_t seed = 0;                                   // of the arrivals
+  uint64_t seed = 0;                                   // of Poisson arrivals
+
+  bool open_loop() const { return rate_per_second > 0 || !arrivals.empty(); }
 };
 
+// One request, as it was seen. Times that did not come are InfinitePast.
 struct LoadSample {
-  std::string error;    // its kind; empty: all went well
-  std::string message;  // of the error
-  absl::Duration ttft;  // from when the request was due
+  absl::Time planned = absl::InfinitePast();  // closed loop: as sent
+  absl::Time sent = absl::InfinitePast();
+  absl::Time accepted = absl::InfinitePast();
+  absl::Time began = absl::InfinitePast();  // computing, as the client saw it
+  absl::Time first_token = absl::InfinitePast();
+  absl::Time all_kv = absl::InfinitePast();  // and the first token
+  absl::Time ended = absl::InfinitePast();   // well or not
+
+  std::string error;     // its kind; empty: all went well
+  std::string message;   // of the error
+  bool refused = false;  // the error is the server's word, before it accepted
+
+  int32_t priority = 0;
   int64_t prompt_tokens = 0;
+  int64_t cached_tokens = 0;   // that the server had
+  int64_t skipped_tokens = 0;  // that the client had
   int64_t kv_bytes = 0;
-  absl::Duration exposed_transfer;  // what shipping added to the time
-  int connections = 1;              // that the KV came on
+  std::optional<absl::Duration> predicted_ttft;  // from `accepted` on
+  absl::Duration exposed_transfer;               // what shipping added to the time
+  int connections = 1;                           // that the KV came on
   double density = 0;
+
+  bool ok() const { return error.empty(); }
+  bool was_accepted() const { return accepted != absl::InfinitePast(); }
+  absl::Duration ttft() const { return first_token - planned; }
+  absl::Duration time_to_all_kv() const { return all_kv - planned; }
+  absl::Duration lateness() const { return sent - planned; }
 };
 
 struct LoadResult {
   std::vector<LoadSample> samples;  // in order of start
+  absl::Time start;
   absl::Duration wall;
 };
 
-// Sends request `index` and waits for its answer. No two calls at a time have the same `worker`,
-// counted from 0. Fills everything but the waiting time before the call, which RunLoad adds to
-// ttft.
-using SendRequest = std::function<LoadSample(int64_t index, int worker)>;
+// Sends a request that is ready, waits for its end, and fills the sample, whose `planned` and
+// `sent` are set.
+using SendRequest = std::function<void(LoadSample*)>;
+// Makes request `index` ready, before it is due. No two calls at a time, nor what they returned,
+// have the same `worker`, counted from 0.
+using PrepareRequest = std::function<SendRequest(int64_t index, int worker)>;
 
-// REQUIRES: num_requests or duration is bounded. Returns when the last answer is there.
-LoadResult RunLoad(const LoadOptions& options, const SendRequest& send);
+// REQUIRES: num_requests, arrivals or duration is bounded. Returns when the last answer is there.
+LoadResult RunLoad(const LoadOptions& options, const PrepareRequest& prepare);
 
-// When the requests of an open loop are due, counted from the start: exponential gaps of mean 1 /
-// rate.
+// When the requests of an open loop are due, counted from the start: `arrivals`, or exponential
+// gaps of mean 1 / rate.
 std::vector<absl::Duration> ArrivalTimes(const LoadOptions& options);
-
-struct LoadSummary {
-  struct Errors {
-    int64_t count = 0;
-    std::string example;  // message of the first
-  };
-  int64_t ok = 0;
-  std::map<std::string, Errors> errors;  // by kind
-  double tokens_per_second = 0;
-  double kv_gigabytes_per_second = 0;
-  double density = 0;                               // mean
-  double exposed_transfer_p50 = 0;                  // seconds
-  int connections = 0;                              // most of a request
-  double ttft_p50 = 0, ttft_p90 = 0, ttft_p99 = 0;  // seconds
-};
-LoadSummary Summarize(const LoadResult& result);
-
-// Nearest rank: the least value that at least `share` of the values don't exceed. 0 when there are
-// none.
-double Percentile(std::vector<double> values, double share);
 
 }  // namespace headstart

@@ -11,15 +11,19 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/strip.h"
 #include "client/commands/command_flags.h"
+#include "client/page_names.h"
 
 namespace headstart {
-namespace {
 
 double Seconds(const google::protobuf::Duration& duration) {
   return static_cast<double>(duration.seconds()) + duration.nanos() * 1e-9;
 }
 
-double Seconds(absl::Duration duration) { return absl::ToDoubleSeconds(duration); }
+nlohmann::json SecondsOrNull(bool known, const google::protobuf::Duration& duration) {
+  return known ? nlohmann::json(Seconds(duration)) : nlohmann::json();
+}
+
+namespace {
 
 // The parts of the time to first token, in the order of the wire format.
 std::vector<std::pair<const char*, double>> TimeParts(const v1::PrefillStatistics& statistics) {
@@ -27,6 +31,7 @@ std::vector<std::pair<const char*, double>> TimeParts(const v1::PrefillStatistic
           {"selection", Seconds(statistics.selection())},
           {"attention", Seconds(statistics.attention())},
           {"other_compute", Seconds(statistics.other_compute())},
+          {"gave_way", Seconds(statistics.gave_way())},
           {"exposed_transfer", Seconds(statistics.exposed_transfer())}};
 }
 
@@ -45,8 +50,8 @@ std::string DtypeName(v1::KvDtype dtype) {
   return absl::AsciiStrToLower(name);
 }
 
-std::string AlgorithmName(const v1::AttentionProvenance& attention) {
-  absl::string_view name = v1::AttentionProvenance::Algorithm_Name(attention.algorithm());
+std::string AlgorithmName(v1::AttentionProvenance::Algorithm algorithm) {
+  absl::string_view name = v1::AttentionProvenance::Algorithm_Name(algorithm);
   absl::ConsumePrefix(&name, "ALGORITHM_");
   return absl::AsciiStrToLower(name);
 }
@@ -67,7 +72,7 @@ std::string BudgetName(v1::BudgetRule rule) {
 
 std::string DescribeAttention(const v1::AttentionProvenance& attention) {
   const v1::AttentionOptions& options = attention.options();
-  std::string text = AlgorithmName(attention);
+  std::string text = AlgorithmName(attention.algorithm());
   if (const std::string reason = DenseReasonName(attention); !reason.empty())
     absl::StrAppend(&text, ", ", reason);
   if (attention.algorithm() == v1::AttentionProvenance::ALGORITHM_PROXY_ATTN) {
@@ -81,7 +86,7 @@ std::string DescribeAttention(const v1::AttentionProvenance& attention) {
 std::string FormatTimes(const PrefillOutcome& outcome) {
   const v1::PrefillStatistics& statistics = outcome.completed.statistics();
   const double total = Seconds(statistics.total());
-  const double seen = Seconds(outcome.timing.completed);
+  const double seen = absl::ToDoubleSeconds(outcome.timing.completed);
   std::string text = absl::StrFormat("time to first token  %9.3f s  %8.0f tokens/s\n", seen,
                                      outcome.completed.manifest().num_tokens() / seen);
   for (const auto& [name, seconds] : TimeParts(statistics)) {
@@ -91,6 +96,19 @@ std::string FormatTimes(const PrefillOutcome& outcome) {
   }
   absl::StrAppendFormat(&text, "  %-18s %9.3f s  (connection and client)\n", "outside the server",
                         seen - total);
+  if (outcome.accepted.has_predicted_ttft()) {
+    absl::StrAppendFormat(&text, "  %-18s %9.3f s  (when it was accepted)\n", "predicted",
+                          Seconds(outcome.accepted.predicted_ttft()));
+  }
+  return text;
+}
+
+std::string FormatPrefix(const v1::KvManifest& manifest) {
+  std::string text = absl::StrFormat("prefix  %d of %d tokens cached", manifest.cached_tokens(),
+                                     manifest.num_tokens());
+  if (manifest.cached_tokens() > 0)
+    absl::StrAppend(&text, " (", AlgorithmName(manifest.cached_algorithm()), ")");
+  absl::StrAppendFormat(&text, ", KV of %d not sent\n", manifest.skip_tokens());
   return text;
 }
 
@@ -108,8 +126,8 @@ std::string FormatKv(const PrefillOutcome& outcome) {
       "KV  %.1f MB in %d chunks on %s at %.3f GB/s, first after %.3f s, last after %.3f s\n"
       "    %d layers, %d KV heads, head_dim %d, %s\n",
       completed.kv_bytes() / 1e6, completed.num_chunks(), DescribeConnections(outcome),
-      KvGigabytesPerSecond(outcome), Seconds(outcome.timing.first_chunk),
-      Seconds(outcome.timing.last_chunk), layout.num_layers(), layout.num_kv_heads(),
+      KvGigabytesPerSecond(outcome), absl::ToDoubleSeconds(outcome.timing.first_chunk),
+      absl::ToDoubleSeconds(outcome.timing.last_chunk), layout.num_layers(), layout.num_kv_heads(),
       layout.head_dim(), DtypeName(layout.dtype()));
 }
 
@@ -134,7 +152,7 @@ nlohmann::json AttentionJson(const v1::Completed& completed) {
   const v1::AttentionProvenance& attention = completed.manifest().attention();
   const v1::AttentionOptions& options = attention.options();
   const auto& densities = completed.manifest().layer_density();
-  return {{"algorithm", AlgorithmName(attention)},
+  return {{"algorithm", AlgorithmName(attention.algorithm())},
           {"dense_reason", DenseReasonName(attention)},
           {"preset", PresetName(options.preset())},
           {"num_proxies", options.num_proxies()},
@@ -151,6 +169,27 @@ nlohmann::json AttentionJson(const v1::Completed& completed) {
           {"dense_fallbacks", completed.statistics().dense_fallbacks()},
           {"density", Density(completed)},
           {"layer_density", std::vector<float>(densities.begin(), densities.end())}};
+}
+
+nlohmann::json PrefixJson(const v1::KvManifest& manifest) {
+  nlohmann::json names = nlohmann::json::array();
+  absl::string_view left = manifest.page_hashes();
+  for (; left.size() >= kPageNameBytes; left.remove_prefix(kPageNameBytes))
+    names.push_back(absl::BytesToHexString(left.substr(0, kPageNameBytes)));
+  nlohmann::json algorithm;
+  if (manifest.cached_tokens() > 0) algorithm = AlgorithmName(manifest.cached_algorithm());
+  return {{"cached_tokens", manifest.cached_tokens()},
+          {"cached_algorithm", algorithm},
+          {"skip_tokens", manifest.skip_tokens()},
+          {"page_names", names}};
+}
+
+// "QUEUE_FULL"; empty: it would be accepted.
+std::string RefusalName(const v1::EstimateResponse& estimate) {
+  if (estimate.refusal() == v1::ERROR_REASON_UNSPECIFIED) return "";
+  absl::string_view name = v1::ErrorReason_Name(estimate.refusal());
+  absl::ConsumePrefix(&name, "ERROR_REASON_");
+  return std::string(name);
 }
 
 nlohmann::json KvJson(const PrefillOutcome& outcome) {
@@ -180,7 +219,7 @@ absl::Duration ExposedTransfer(const v1::Completed& completed) {
 }
 
 double KvGigabytesPerSecond(const PrefillOutcome& outcome) {
-  const double seconds = Seconds(outcome.timing.last_chunk - outcome.timing.manifest);
+  const double seconds = absl::ToDoubleSeconds(outcome.timing.last_chunk - outcome.timing.manifest);
   return seconds > 0 ? static_cast<double>(outcome.completed.kv_bytes()) / seconds / 1e9 : 0.0;
 }
 
@@ -191,7 +230,8 @@ std::string FormatReport(const PrefillOutcome& outcome) {
       absl::StrFormat("request %s  model %s  prompt %d tokens\n",
                       absl::Utf8SafeCEscape(outcome.accepted.request_id()),
                       absl::Utf8SafeCEscape(manifest.model()), manifest.num_tokens()),
-      FormatTimes(outcome), FormatKv(outcome), FormatSparsity(outcome.completed),
+      FormatTimes(outcome), FormatPrefix(manifest), FormatKv(outcome),
+      FormatSparsity(outcome.completed),
       absl::StrFormat("first token  %d  (logprob %.4f)\n", token.id(), token.logprob()));
 }
 
@@ -210,17 +250,57 @@ nlohmann::json ReportJson(const PrefillOutcome& outcome) {
           {"queue_tokens", outcome.accepted.queue_tokens()},
           {"first_token",
            {{"id", completed.first_token().id()}, {"logprob", completed.first_token().logprob()}}},
-          {"ttft_seconds", Seconds(timing.completed)},
-          {"tokens_per_second", completed.manifest().num_tokens() / Seconds(timing.completed)},
+          {"ttft_seconds", absl::ToDoubleSeconds(timing.completed)},
+          {"predicted_ttft_seconds",
+           SecondsOrNull(outcome.accepted.has_predicted_ttft(), outcome.accepted.predicted_ttft())},
+          {"prefix", PrefixJson(completed.manifest())},
+          {"tokens_per_second",
+           completed.manifest().num_tokens() / absl::ToDoubleSeconds(timing.completed)},
           {"server", server},
           {"client",
-           {{"accepted_seconds", Seconds(timing.accepted)},
-            {"manifest_seconds", Seconds(timing.manifest)},
-            {"first_chunk_seconds", Seconds(timing.first_chunk)},
-            {"last_chunk_seconds", Seconds(timing.last_chunk)},
-            {"completed_seconds", Seconds(timing.completed)}}},
+           {{"accepted_seconds", absl::ToDoubleSeconds(timing.accepted)},
+            {"manifest_seconds", absl::ToDoubleSeconds(timing.manifest)},
+            {"first_chunk_seconds", absl::ToDoubleSeconds(timing.first_chunk)},
+            {"last_chunk_seconds", absl::ToDoubleSeconds(timing.last_chunk)},
+            {"completed_seconds", absl::ToDoubleSeconds(timing.completed)}}},
           {"kv", KvJson(outcome)},
           {"attention", AttentionJson(completed)}};
+}
+
+std::string FormatEstimate(const v1::EstimateResponse& estimate) {
+  std::string text = "would be accepted\n";
+  if (const std::string refusal = RefusalName(estimate); !refusal.empty()) {
+    text = absl::StrCat("would be refused: ", refusal);
+    if (estimate.has_retry_after())
+      absl::StrAppendFormat(&text, ", try again in %.3f s", Seconds(estimate.retry_after()));
+    text += "\n";
+  }
+  if (estimate.has_predicted_ttft()) {
+    absl::StrAppendFormat(&text, "time to first token  %9.3f s: queue %.3f s, compute %.3f s\n",
+                          Seconds(estimate.predicted_ttft()), Seconds(estimate.predicted_queue()),
+                          Seconds(estimate.predicted_compute()));
+  } else {
+    text += "time to first token  not known before prompts have run\n";
+  }
+  absl::StrAppendFormat(&text, "ahead  %d requests, %d tokens\nprefix  %d tokens cached\n",
+                        estimate.queue_requests(), estimate.queue_tokens(),
+                        estimate.cached_tokens());
+  return text;
+}
+
+nlohmann::json EstimateJson(const v1::EstimateResponse& estimate) {
+  const std::string refusal = RefusalName(estimate);
+  const bool known = estimate.has_predicted_ttft();
+  return {
+      {"accepted", refusal.empty()},
+      {"refusal", refusal.empty() ? nlohmann::json() : nlohmann::json(refusal)},
+      {"retry_after_seconds", SecondsOrNull(estimate.has_retry_after(), estimate.retry_after())},
+      {"predicted_ttft_seconds", SecondsOrNull(known, estimate.predicted_ttft())},
+      {"predicted_queue_seconds", SecondsOrNull(known, estimate.predicted_queue())},
+      {"predicted_compute_seconds", SecondsOrNull(known, estimate.predicted_compute())},
+      {"cached_tokens", estimate.cached_tokens()},
+      {"queue_requests", estimate.queue_requests()},
+      {"queue_tokens", estimate.queue_tokens()}};
 }
 
 }  // namespace headstart

@@ -16,6 +16,14 @@ std::string FormatReport(const PrefillOutcome& outcome);
 // The same as one object; seconds, bytes.
 nlohmann::json ReportJson(const PrefillOutcome& outcome);
 
+// What the server says would become of a request; the same as one object, null: not known.
+std::string FormatEstimate(const v1::EstimateResponse& estimate);
+nlohmann::json EstimateJson(const v1::EstimateResponse& estimate);
+
+double Seconds(const google::protobuf::Duration& duration);
+// JSON's null where the time is not known.
+nlohmann::json SecondsOrNull(bool known, const google::protobuf::Duration& duration);
+
 // Executed share of the causal attention blocks of all layers.
 double Density(const v1::Completed& completed);
 

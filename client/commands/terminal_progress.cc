@@ -20,32 +20,38 @@ bool StderrIsATerminal() {
 
 }  // namespace
 
-TerminalProgress::TerminalProgress() : enabled_(StderrIsATerminal()) {}
+TerminalLine::TerminalLine() : enabled_(StderrIsATerminal()) {}
+
+bool TerminalLine::Due() {
+  if (!enabled_) return false;
+  const absl::Time now = absl::Now();
+  if (now < next_update_) return false;
+  next_update_ = now + absl::Milliseconds(100);
+  return true;
+}
+
+void TerminalLine::Show(const std::string& text) {
+  if (enabled_) std::fprintf(stderr, "\r\033[K%s", text.c_str());
+}
+
+void TerminalLine::Clear() {
+  if (enabled_) std::fprintf(stderr, "\r\033[K");
+}
 
 void TerminalProgress::Follow(KvReceiverOptions* receive) {
-  if (!enabled_) return;
+  if (!line_.enabled()) return;
   receive->on_accepted = [this](const v1::Accepted& accepted) {
-    Show(accepted.queue_requests() == 0
-             ? "computing"
-             : absl::StrCat("queued behind ", accepted.queue_requests(), " requests, ",
-                            accepted.queue_tokens(), " tokens"));
+    line_.Show(accepted.queue_requests() == 0
+                   ? "computing"
+                   : absl::StrCat("queued behind ", accepted.queue_requests(), " requests, ",
+                                  accepted.queue_tokens(), " tokens"));
     return absl::OkStatus();
   };
   receive->on_progress = [this](int64_t done_bytes, int64_t total_bytes) {
-    const absl::Time now = absl::Now();
-    if (now < next_update_) return;
-    next_update_ = now + absl::Milliseconds(100);
-    Show(absl::StrFormat("receiving KV: %3d %% of %.1f MB", 100 * done_bytes / total_bytes,
-                         total_bytes / 1e6));
+    if (!line_.Due()) return;
+    line_.Show(absl::StrFormat("receiving KV: %3d %% of %.1f MB", 100 * done_bytes / total_bytes,
+                               total_bytes / 1e6));
   };
-}
-
-void TerminalProgress::Show(const std::string& text) {
-  std::fprintf(stderr, "\r\033[K%s", text.c_str());
-}
-
-void TerminalProgress::Clear() {
-  if (enabled_) std::fprintf(stderr, "\r\033[K");
 }
 
 }  // namespace headstart

@@ -1,4 +1,4 @@
-// One line on standard error that follows a request. Says nothing when standard error is no
+// One line on standard error that follows what goes on. Says nothing when standard error is no
 // terminal.
 #pragma once
 
@@ -9,24 +9,35 @@
 
 namespace headstart {
 
-class TerminalProgress {
+class TerminalLine {
  public:
-  TerminalProgress();
-  ~TerminalProgress() { Clear(); }
-  TerminalProgress(const TerminalProgress&) = delete;
-  TerminalProgress& operator=(const TerminalProgress&) = delete;
+  TerminalLine();
+  ~TerminalLine() { Clear(); }
+  TerminalLine(const TerminalLine&) = delete;
+  TerminalLine& operator=(const TerminalLine&) = delete;
 
-  // Sets on_accepted and on_progress; this object must outlive the call that uses them.
-  void Follow(KvReceiverOptions* receive);
-
+  bool enabled() const { return enabled_; }
+  // There is a terminal, and the last time was a while ago.
+  bool Due();
+  void Show(const std::string& text);
   // Takes the line away, before anything else is printed.
   void Clear();
 
  private:
-  void Show(const std::string& text);
-
   const bool enabled_;
   absl::Time next_update_ = absl::InfinitePast();
+};
+
+// Follows one request.
+class TerminalProgress {
+ public:
+  // Sets on_accepted and on_progress; this object must outlive the call that uses them.
+  void Follow(KvReceiverOptions* receive);
+
+  void Clear() { line_.Clear(); }
+
+ private:
+  TerminalLine line_;
 };
 
 }  // namespace headstart

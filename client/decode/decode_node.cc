@@ -69,7 +69,8 @@ absl::Status CheckSameModel(const v1::KvManifest& manifest, const DecodeSession&
                                                       manifest.model_hash(), ", this one ",
                                                       session.model_hash()));
   }
-  if (manifest.layout().dtype() != ToProto(session.kv_dtype())) {
+  const v1::KvDtype dtype = manifest.layout().dtype();
+  if (dtype != v1::KV_DTYPE_FP8_E4M3 && dtype != ToProto(session.kv_dtype())) {
     return absl::FailedPreconditionError(
         absl::StrCat("the server's KV is ", v1::KvDtype_Name(manifest.layout().dtype()),
                      ", this node keeps ", DTypeName(session.kv_dtype())));
@@ -77,13 +78,39 @@ absl::Status CheckSameModel(const v1::KvManifest& manifest, const DecodeSession&
   return absl::OkStatus();
 }
 
-absl::Status Import(const KvShape& shape, const KvBuffer& kv, DecodeSession& session) {
+// The KV as this node receives it: fp8 as f32, for whatever the session computes in.
+struct ReceivedKv {
+  KvShape shape;
+  KvBuffer memory;
+
+  absl::StatusOr<KvDestination> Place(const KvShape& sent) {
+    const KvValues values = sent.has_scales() ? KvValues::kF32 : KvValues::kAsSent;
+    shape = ShapeOfValues(sent, values);
+    HEADSTART_ASSIGN_OR_RETURN(memory, AllocateKv(sent, values));
+    return ContiguousKv(sent, memory.span(), values);
+  }
+};
+
+std::vector<BFloat16> RoundToBF16(absl::Span<const std::byte> f32) {
+  const auto* values = reinterpret_cast<const float*>(f32.data());
+  return {values, values + f32.size() / sizeof(float)};
+}
+
+absl::Status Import(const ReceivedKv& kv, DecodeSession& session) {
+  const KvShape& shape = kv.shape;
   HEADSTART_RETURN_IF_ERROR(session.StartSequence(shape.num_tokens));
   const int64_t plane = shape.plane_bytes();
+  const bool narrows = shape.element_bytes > DTypeBytes(session.kv_dtype());
   for (int64_t l = 0; l < shape.num_layers; ++l) {
-    const absl::Span<const std::byte> layer = kv.span().subspan(2 * l * plane, 2 * plane);
+    absl::Span<const std::byte> layer = kv.memory.span().subspan(2 * l * plane, 2 * plane);
+    std::vector<BFloat16> narrow;
+    if (narrows) {
+      narrow = RoundToBF16(layer);
+      layer = {reinterpret_cast<const std::byte*>(narrow.data()), narrow.size() * sizeof(BFloat16)};
+    }
+    const size_t half = layer.size() / 2;
     HEADSTART_RETURN_IF_ERROR(
-        session.ImportLayer(static_cast<int32_t>(l), layer.first(plane), layer.subspan(plane)));
+        session.ImportLayer(static_cast<int32_t>(l), layer.first(half), layer.subspan(half)));
   }
   return absl::OkStatus();
 }
@@ -136,14 +163,8 @@ absl::StatusOr<DecodeNodeResult> RunDecodeNode(const DecodeNodeOptions& options,
     if (!loading.valid()) loading = LoadMeanwhile(options, config);
     return tell ? tell(accepted) : absl::OkStatus();
   };
-  KvBuffer kv;
-  KvShape shape;
-  receive.on_manifest = [&](const v1::KvManifest&,
-                            const KvShape& promised) -> absl::StatusOr<KvDestination> {
-    shape = promised;
-    HEADSTART_ASSIGN_OR_RETURN(kv, AllocateKv(shape));
-    return ContiguousKv(shape, kv.span());
-  };
+  ReceivedKv kv;
+  receive.on_manifest = [&](const v1::KvManifest&, const KvShape& sent) { return kv.Place(sent); };
   DecodeNodeResult result;
   HEADSTART_ASSIGN_OR_RETURN(result.prefill, client->Prefill(options.request, std::move(receive)));
 
@@ -155,7 +176,7 @@ absl::StatusOr<DecodeNodeResult> RunDecodeNode(const DecodeNodeOptions& options,
   DecodeSession& session = **loaded.session;
   HEADSTART_RETURN_IF_ERROR(CheckSameModel(result.prefill.completed.manifest(), session));
   const absl::Time import_start = absl::Now();
-  HEADSTART_RETURN_IF_ERROR(Import(shape, kv, session));
+  HEADSTART_RETURN_IF_ERROR(Import(kv, session));
   kv = {};
   const absl::Time decode_start = absl::Now();
   HEADSTART_RETURN_IF_ERROR(Generate(session, first_token, output));

@@ -52,8 +52,9 @@ void AddFlags(CLI::App& app, Flags* flags) {
   app.add_option_function<std::string>(
          "--dtype",
          [flags](const std::string& name) { flags->node.backend.dtype = DTypes().at(name); },
-         "Type of the computation and of the KV; must be the server's")
+         "Type of the computation and of the KV; must be the server's, unless it sends fp8")
       ->check(CLI::IsMember(DTypes()));
+  AddKvDtypeFlag(app, &flags->node.request);
   AddAttentionFlags(app, /*with_preset=*/true, &flags->node.request);
   app.add_option("--json", flags->json_file, "Write the statistics to this file");
   app.add_option("--report", flags->report_file, "Write them to this file as a table for people");

@@ -19,10 +19,10 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 HERE = pathlib.Path(__file__).resolve().parent
-MAIN_PANELS = ["Time to first token", "Where the time goes", "Requests by result", "Saturation", "Attention density",
+MAIN_PANELS = ["Time to first token", "Where the time goes", "Requests by result", "Saturation", "Error of estimates",
+               "Requests in a step", "Prefix hits", "Pages of the KV pool", "Attention density",
                "Predicted against executed", "Density by layer", "Dense fallbacks", "Blocks run and saved", "KV sent",
-               "Exposed transfer", "KV sent before compute ended", "Host memory for KV", "Fetches by result",
-               "Broken streams"]
+               "Exposed transfer", "KV sent before compute ended", "Fetches by result", "Broken streams"]
 COLUMNS = 3
 
 

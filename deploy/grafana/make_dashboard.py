@@ -75,7 +75,7 @@ def service_level():
     ttft = "headstart_time_to_first_token_seconds"
     parts = {"queue": mean("headstart_queue_seconds")}
     parts |= {part: share(total(f"headstart_{part.replace(' ', '_')}_seconds_sum"), total(ttft + "_count"))
-              for part in ("selection", "attention", "other compute")}
+              for part in ("selection", "attention", "other compute", "gave way")}
     # What is left can't be summed up: exposed transfer is measured for every stream, also those of FetchKv.
     parts["room and shipping"] = f"clamp_min({' - '.join([mean(ttft), *parts.values()])}, 0)"
     decomposition = [(expr, part) for part, expr in parts.items()]
@@ -88,14 +88,15 @@ def service_level():
               "percentunit",
               [(share(total(ttft + "_bucket", "", 'le=~"5|5.0"'), total(ttft + "_count")), "within 5 s")],
               "stat", 6, height=4),
-        panel("Prompt tokens", "Tokens of prompts that were computed, per second.", "short",
-              [(total("headstart_prompt_tokens_total"), "tokens/s")], "stat", 6, height=4),
-        panel("Work that waits or runs", "Seconds that one busy server needs for all accepted tokens. The autoscalers "
-              "add servers when this exceeds 2 s for each.", "s",
-              [('sum(job:headstart_backlog_seconds:sum{job=~"$job"})', "backlog")], "stat", 6, height=4),
+        panel("Prompt tokens", "Tokens of prompts that ended well, computed or found in the prefix cache, per second.",
+              "short", [(total("headstart_prompt_tokens_total"), "tokens/s")], "stat", 6, height=4),
+        panel("Work that waits or runs", "Seconds of compute that the servers predict for all they have accepted, mean of a "
+              "minute. The autoscalers add servers when this exceeds 2 s for each.", "s",
+              [('sum(job:headstart_drain_seconds:sum{job=~"$job"})', "to compute")], "stat", 6, height=4),
         panel("Time to first token", "From accepted to the first token on the wire.", "s", quantiles(ttft), min=0),
         panel("Where the time goes", "Mean time to first token, split into its parts: the queue (of all whose compute began), "
-              "compute, and what is neither: waits for room and, of KV that is not fetched, exposed transfer.", "s",
+              "compute, giving way to others, and what is none of these: waits for room and, of KV that is not fetched, "
+              "exposed transfer.", "s",
               decomposition, fill=60, stack=True, min=0),
         panel("Requests by result", "Requests that ended, by gRPC status code.", "reqps",
               [(total("headstart_requests_total", "code"), "{{code}}")], min=0),
@@ -119,6 +120,36 @@ def service_level():
                (f"sum(headstart_kv_leases{SELECT})", "kept")], min=0),
         panel("Time in the queue", "From accepted to the start of compute.", "s",
               quantiles("headstart_queue_seconds"), min=0),
+    ]
+
+
+def scheduling():
+    steps, error = "headstart_steps_total", "headstart_ttft_estimate_error_ratio"
+    cached, evictions = select('state="cached"'), "headstart_kv_pool_evictions_total"
+    refusals = ('code!="FAILED_PRECONDITION"', 'reason=~"QUEUE_FULL|HOST_MEMORY_FULL|DEADLINE_UNREACHABLE"')
+    return [
+        panel("Error of estimates", "How far the predicted time to first token was off, as a share of the real one. Admission "
+              "goes by these predictions.", "percentunit",
+              [(quantile(0.5, error), "median"), (quantile(0.95, error), "p95")], min=0),
+        panel("Predicted drain", "Time that each server needs to compute all it has accepted, by its own prediction.", "s",
+              [(f"sum by (instance) (headstart_predicted_drain_seconds{SELECT})", "{{instance}}")], min=0),
+        panel("Refusals by reason", "Requests that were refused at once for want of room or of time.", "reqps",
+              [(total("headstart_requests_total", "reason", *refusals), "{{reason}}")], min=0),
+        panel("Requests in a step", "Pieces of prompts that went through the layers together, mean.", "none",
+              [(share(total("headstart_step_pieces_total"), total(steps)), "pieces")], min=0),
+        panel("Steps", "Ways through the layers; urgent ones run between two layers of a main one.", "ops",
+              [(total(steps, "kind"), "{{kind}}")], min=0),
+        panel("Gave way", "How long prompts had begun and others ran.", "s", quantiles("headstart_gave_way_seconds"), min=0),
+        panel("Prefix hits", "Share of prompt tokens whose KV was found in the prefix cache.", "percentunit",
+              [(share(total("headstart_prompt_tokens_total", "", 'source="prefix_cache"'),
+                      total("headstart_prompt_tokens_total")), "found")], width=6, min=0, max=1),
+        panel("Pages of the KV pool", "Used by requests that run, cached for prompts that begin alike, and free.", "none",
+              [(f"sum by (state) (headstart_kv_pool_blocks{SELECT})", "{{state}}")], width=6, fill=60, stack=True,
+              min=0),
+        panel("Evictions", "Cached pages that were taken for other KV.", "ops",
+              [(total(evictions, "instance"), "{{instance}}")], width=6, min=0),
+        panel("Stay in the prefix cache", "How long a page that nobody uses can be found: cached pages by evictions a second.",
+              "s", [(share(f"sum(headstart_kv_pool_blocks{cached})", total(evictions)), "stay")], width=6, min=0),
     ]
 
 
@@ -199,7 +230,7 @@ def resources():
               [(rate("process_cpu_seconds_total"), "{{instance}}")], min=0),
         panel("File descriptors", "Share of the file descriptors in use; at 1 no connection is accepted.", "percentunit",
               [(f"process_open_fds{SELECT} / process_max_fds{SELECT}", "{{instance}}")], min=0, max=1),
-        panel("KV pool", "Share of the KV pool's pages in use.", "percentunit",
+        panel("KV pool", "Share of the KV pool's pages that requests use; cached pages are not used.", "percentunit",
               [(f"headstart_kv_cache_utilization_ratio{SELECT}", "{{instance}}")], min=0, max=1),
         panel("Layers per second", "Progress: zero with work at hand means that a server is stuck.", "ops",
               [(total("headstart_layers_done_total", "instance"), "{{instance}}")], min=0),
@@ -237,7 +268,7 @@ def variable(name, label, query):
 def dashboard():
     return {
         "uid": "headstart", "title": "Headstart", "tags": ["headstart", "prefill"], "schemaVersion": 39, "version": 1,
-        "description": "Prefill servers: service level, sparsity of attention, KV shipping, resources.",
+        "description": "Prefill servers: service level, scheduling, sparsity of attention, KV shipping, resources.",
         "editable": True, "graphTooltip": 1, "refresh": "30s", "timezone": "",
         "time": {"from": "now-1h", "to": "now"}, "annotations": {"list": []}, "links": [],
         "templating": {"list": [
@@ -246,8 +277,8 @@ def dashboard():
             variable("job", "Job", "label_values(headstart_build_info, job)"),
             variable("instance", "Server", 'label_values(headstart_build_info{job=~"$job"}, instance)'),
         ]},
-        "panels": place([("Service level", service_level()), ("Sparsity", sparsity()),
-                         ("KV shipping", kv_shipping()), ("Resources", resources())]),
+        "panels": place([("Service level", service_level()), ("Many requests at once", scheduling()),
+                         ("Sparsity", sparsity()), ("KV shipping", kv_shipping()), ("Resources", resources())]),
     }
 
 

@@ -1,5 +1,6 @@
 #include "engine/run/copy_out.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -8,52 +9,113 @@
 
 namespace headstart {
 
-absl::StatusOr<std::unique_ptr<CopyOut>> CopyOut::Create(const KvGeometry& geometry,
-                                                         int32_t num_slots, const KvCache& kv,
-                                                         Backend& backend) {
-  const int64_t bytes = int64_t{num_slots} * geometry.num_layers * int64_t{sizeof(uint32_t)};
-  HEADSTART_ASSIGN_OR_RETURN(HostBuffer flags, backend.AllocateHost(bytes));
-  return std::unique_ptr<CopyOut>(new CopyOut(geometry, kv, backend, std::move(flags)));
+absl::Status CopyOut::Take(int32_t layer, absl::Span<const OutgoingPiece> pieces,
+                           const std::optional<HostCopy>& flags) {
+  Taking taking{layer, flags};
+  for (const OutgoingPiece& piece : pieces) {
+    if (piece.result->status.ok()) HEADSTART_RETURN_IF_ERROR(TakePiece(piece, taking));
+  }
+  return Start(taking);
 }
 
-absl::Status CopyOut::Take(int32_t layer, Piece& piece, size_t index, const RequestSlot& slot) {
-  if (piece.chunks.empty()) return absl::OkStatus();
-  const int64_t page_bytes = geometry_.page_bytes();
-  const auto* pages = static_cast<const std::byte*>(kv_.Layer(layer).pages);
-  Pending next{nullptr, index, piece.first_position, piece.shipment, {}, nullptr};
-  std::vector<HostCopy> copies;
-  const size_t first_chunk = static_cast<size_t>(layer) * piece.chunks.size();
-  for (size_t i = 0; i < piece.chunks.size(); ++i) {
+absl::Status CopyOut::TakePiece(const OutgoingPiece& outgoing, Taking& taking) {
+  Piece& piece = *outgoing.piece;
+  const uint32_t* not_finite =
+      outgoing.flag < 0 ? nullptr : static_cast<const uint32_t*>(taking.flags->to) + outgoing.flag;
+  const bool as_fp8 = !piece.chunks.empty() && piece.shipment->geometry().dtype == DType::kF8E4M3;
+  taking.next.arrivals.push_back({&piece, outgoing.result, not_finite, {}});
+  for (size_t begin = 0; begin < piece.chunks.size();) {
+    Run run{begin, piece.chunks.size()};
+    const std::byte* staged = nullptr;
+    if (as_fp8) {
+      run = StagedRun(piece.chunks, begin);
+      HEADSTART_ASSIGN_OR_RETURN(staged, Stage(taking.layer, run, piece));
+      if (staged == nullptr) {
+        HEADSTART_RETURN_IF_ERROR(Start(taking));
+        HEADSTART_RETURN_IF_ERROR(PublishOldest());
+        taking.next.arrivals.push_back({&piece, outgoing.result, not_finite, {}});
+        continue;
+      }
+      ++taking.next.staged_runs;
+    }
+    AddChunks(run, staged, piece, taking);
+    begin = run.end;
+  }
+  return absl::OkStatus();
+}
+
+CopyOut::Run CopyOut::StagedRun(absl::Span<const TokenRange> chunks, size_t begin) const {
+  int64_t pages = 0;
+  size_t end = begin;
+  while (end < chunks.size() && pages + chunks[end].num_pages() <= staging_.max_run()) {
+    pages += chunks[end++].num_pages();
+  }
+  return {begin, end};
+}
+
+absl::StatusOr<const std::byte*> CopyOut::Stage(int32_t layer, const Run& run, const Piece& piece) {
+  std::vector<KvPageTokens> pages;
+  for (size_t i = run.begin; i < run.end; ++i) {
+    const TokenRange& tokens = piece.chunks[i];
+    for (int64_t page = tokens.first_page(); page < NumBlocks(tokens.end()); ++page) {
+      const int64_t count = std::min(kBlockTokens, tokens.end() - page * kBlockTokens);
+      pages.push_back({piece.pages[page], static_cast<int32_t>(count)});
+    }
+  }
+  return staging_.Stage(kv_.Layer(layer), pages);
+}
+
+void CopyOut::AddChunks(const Run& run, const std::byte* staged, Piece& piece,
+                        Taking& taking) const {
+  const int64_t page_bytes = piece.shipment->geometry().page_bytes();
+  const auto* pages = static_cast<const std::byte*>(kv_.Layer(taking.layer).pages);
+  const size_t first_chunk = static_cast<size_t>(taking.layer) * piece.chunks.size();
+  for (size_t i = run.begin; i < run.end; ++i) {
     const TokenRange tokens = piece.chunks[i];
     auto memory = std::make_shared<const HostChunk>(std::move(piece.host[first_chunk + i]));
-    const int64_t first_page = tokens.begin / kBlockTokens;
-    for (int64_t page = first_page; page < NumBlocks(tokens.begin + tokens.count); ++page) {
-      copies.push_back({pages + piece.pages[page] * page_bytes,
-                        memory->data() + (page - first_page) * page_bytes, page_bytes});
+    for (int64_t p = 0; p < tokens.num_pages(); ++p) {
+      const std::byte* from = pages + piece.pages[tokens.first_page() + p] * page_bytes;
+      if (staged != nullptr) from = std::exchange(staged, staged + page_bytes);
+      taking.copies.push_back({from, memory->data() + p * page_bytes, page_bytes});
     }
-    next.chunks.push_back({layer, tokens, std::move(memory)});
+    taking.next.arrivals.back().chunks.push_back({taking.layer, tokens, std::move(memory)});
   }
-  auto* flag = reinterpret_cast<uint32_t*>(flags_.get()) +
-               int64_t{piece.slot} * geometry_.num_layers + layer;
-  copies.push_back({slot.not_finite(layer), flag, sizeof(uint32_t)});
-  next.not_finite = flag;
+}
+
+absl::Status CopyOut::Start(Taking& taking) {
+  std::vector<HostCopy> copies = std::exchange(taking.copies, {});
+  Pending next = std::exchange(taking.next, {});
+  next.layer = taking.layer;
+  // With every part of a layer: nothing of it is published before it is known to be finite.
+  if (taking.flags.has_value()) copies.push_back(*taking.flags);
+  if (copies.empty()) return absl::OkStatus();
   HEADSTART_ASSIGN_OR_RETURN(next.copy, backend_.CopyOut(copies));
   pending_.push_back(std::move(next));
   return absl::OkStatus();
 }
 
-absl::Status CopyOut::Publish(size_t most_left, StepResult& results) {
+absl::Status CopyOut::Publish(size_t most_left) {
   while (!pending_.empty() && (pending_.size() > most_left || pending_.front().copy->Ready())) {
-    Pending done = std::move(pending_.front());
-    pending_.pop_front();
-    HEADSTART_RETURN_IF_ERROR(done.copy->Wait());
-    absl::Status& status = results[done.index].status;
-    if (status.ok() && *done.not_finite != 0) {
-      status = NonFiniteError(absl::StrCat("KV of layer ", done.chunks[0].layer, ", tokens from ",
-                                           done.first_position, " on, is not finite"));
+    HEADSTART_RETURN_IF_ERROR(PublishOldest());
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CopyOut::PublishOldest() {
+  Pending done = std::move(pending_.front());
+  pending_.pop_front();
+  const absl::Status arrived = done.copy->Wait();
+  for (int64_t i = 0; i < done.staged_runs; ++i) staging_.GiveBack();
+  HEADSTART_RETURN_IF_ERROR(arrived);
+  for (Arrival& arrival : done.arrivals) {
+    const Piece& piece = *arrival.piece;
+    absl::Status& status = arrival.result->status;
+    if (status.ok() && arrival.not_finite != nullptr && *arrival.not_finite != 0) {
+      status = NonFiniteError(absl::StrCat("KV of layer ", done.layer, ", tokens from ",
+                                           piece.first_position, " on, is not finite"));
     }
     if (!status.ok()) continue;
-    for (KvChunk& chunk : done.chunks) done.shipment->Publish(std::move(chunk));
+    for (KvChunk& chunk : arrival.chunks) piece.shipment->Publish(std::move(chunk));
   }
   return absl::OkStatus();
 }
@@ -61,6 +123,7 @@ absl::Status CopyOut::Publish(size_t most_left, StepResult& results) {
 void CopyOut::Abandon() {
   for (Pending& pending : pending_) pending.copy->Wait().IgnoreError();
   pending_.clear();
+  staging_.Clear();
 }
 
 }  // namespace headstart

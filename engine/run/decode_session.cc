@@ -81,7 +81,7 @@ absl::Status DecodeSession::StartSequence(int64_t num_tokens) {
   // There is one sequence only: it has all pages, in order.
   std::vector<int32_t> pages(static_cast<size_t>(NumBlocks(state_->max_tokens)));
   std::iota(pages.begin(), pages.end(), 0);
-  return state_->slot->Start(pages);
+  return state_->slot->Start(pages, nullptr);
 }
 
 absl::Status DecodeSession::ImportLayer(int32_t layer, absl::Span<const std::byte> keys,

@@ -21,7 +21,7 @@ int64_t LogitsStride(const ModelConfig& config) { return (int64_t{config.vocab_s
 
 // Bytes of each activation buffer, in the order of the members of Decoder.
 struct ActivationSizes {
-  int64_t hidden, normed, qkv, attended, gate_up, activated, logits;
+  int64_t hidden, normed, qkv, attended, gate_up, activated, logits, flags;
 
   ActivationSizes(const ModelConfig& c, DType compute, DType residual, int64_t max_rows,
                   int64_t max_pieces) {
@@ -34,8 +34,11 @@ struct ActivationSizes {
     gate_up = ffn_rows * 2 * c.intermediate_size * bytes;
     activated = ffn_rows * c.intermediate_size * bytes;
     logits = max_pieces * LogitsStride(c) * DTypeBytes(DType::kF32);
+    flags = c.num_layers * max_pieces * int64_t{sizeof(uint32_t)};
   }
-  int64_t Sum() const { return hidden + normed + qkv + attended + gate_up + activated + logits; }
+  int64_t Sum() const {
+    return hidden + normed + qkv + attended + gate_up + activated + logits + flags;
+  }
 };
 
 int64_t RowsOf(absl::Span<const DecoderInput> pieces) {
@@ -52,6 +55,24 @@ SequenceRows SequenceRowsOf(const DecoderInput& piece, int64_t first_row) {
 // the last block goes on: these come before it.
 int64_t RowsBeforeLastBlock(const DecoderInput& piece) {
   return (piece.num_tokens() - 1) / kBlockTokens * kBlockTokens;
+}
+
+struct RowRange {
+  int64_t begin, end;
+};
+
+// The rows that go on behind the last layer's KV; neighbours as one.
+std::vector<RowRange> RowsOfLastBlocks(absl::Span<const DecoderInput> pieces) {
+  std::vector<RowRange> ranges;
+  int64_t row = 0;
+  for (const DecoderInput& piece : pieces) {
+    const int64_t begin = row + RowsBeforeLastBlock(piece);
+    row += piece.num_tokens();
+    if (!piece.ends_prompt) continue;
+    if (ranges.empty() || ranges.back().end < begin) ranges.push_back({begin, begin});
+    ranges.back().end = row;
+  }
+  return ranges;
 }
 
 // All but the first `count` rows.
@@ -77,14 +98,14 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(const ModelConfig& conf
                                                          const ModelWeights& weights,
                                                          const KvCache& kv, int64_t max_rows,
                                                          int64_t max_pieces, Backend& backend) {
-  std::unique_ptr<Decoder> decoder(new Decoder(config, weights, kv, backend));
-  HEADSTART_RETURN_IF_ERROR(decoder->Allocate(max_rows, max_pieces));
+  std::unique_ptr<Decoder> decoder(new Decoder(config, weights, kv, max_rows, max_pieces, backend));
+  HEADSTART_RETURN_IF_ERROR(decoder->Allocate());
   return decoder;
 }
 
-absl::Status Decoder::Allocate(int64_t max_rows, int64_t max_pieces) {
+absl::Status Decoder::Allocate() {
   const ActivationSizes sizes(config_, backend_.compute_dtype(), backend_.residual_dtype(),
-                              max_rows, max_pieces);
+                              max_rows_, max_pieces_);
   HEADSTART_ASSIGN_OR_RETURN(hidden_, backend_.Allocate(sizes.hidden));
   HEADSTART_ASSIGN_OR_RETURN(normed_, backend_.Allocate(sizes.normed));
   HEADSTART_ASSIGN_OR_RETURN(qkv_, backend_.Allocate(sizes.qkv));
@@ -92,19 +113,21 @@ absl::Status Decoder::Allocate(int64_t max_rows, int64_t max_pieces) {
   HEADSTART_ASSIGN_OR_RETURN(gate_up_, backend_.Allocate(sizes.gate_up));
   HEADSTART_ASSIGN_OR_RETURN(activated_, backend_.Allocate(sizes.activated));
   HEADSTART_ASSIGN_OR_RETURN(logits_, backend_.Allocate(sizes.logits));
+  HEADSTART_ASSIGN_OR_RETURN(flags_, backend_.Allocate(sizes.flags));
   host_logits_.resize(static_cast<size_t>(config_.vocab_size));
   return absl::OkStatus();
 }
 
 absl::Status Decoder::Embed(absl::Span<const DecoderInput> pieces) {
-  const Matrix hidden = Hidden(RowsOf(pieces));
-  int64_t row = 0;
+  const int64_t rows = RowsOf(pieces);
+  HEADSTART_CHECK(rows <= max_rows_ && static_cast<int64_t>(pieces.size()) <= max_pieces_);
+  ids_.clear();
   for (const DecoderInput& piece : pieces) {
-    HEADSTART_RETURN_IF_ERROR(
-        backend_.Embed(piece.token_ids, weights_.embedding, hidden.Rows(row, piece.num_tokens())));
-    row += piece.num_tokens();
+    ids_.insert(ids_.end(), piece.token_ids.begin(), piece.token_ids.end());
   }
-  return absl::OkStatus();
+  const std::vector<std::byte> zeros(static_cast<size_t>(flags_.bytes()));
+  HEADSTART_RETURN_IF_ERROR(backend_.Upload(zeros.data(), flags_.bytes(), flags_.data()));
+  return backend_.Embed(ids_, weights_.embedding, Hidden(rows));
 }
 
 absl::Status Decoder::RunLayer(int32_t layer, absl::Span<const DecoderInput> pieces) {
@@ -112,13 +135,8 @@ absl::Status Decoder::RunLayer(int32_t layer, absl::Span<const DecoderInput> pie
   HEADSTART_RETURN_IF_ERROR(RunQkv(w, layer, pieces));
   HEADSTART_RETURN_IF_ERROR(RunAttention(layer, pieces));
   if (layer + 1 < config_.num_layers) return RunRest(w, 0, RowsOf(pieces));
-  int64_t row = 0;
-  for (const DecoderInput& piece : pieces) {
-    if (piece.ends_prompt) {
-      const int64_t skipped = RowsBeforeLastBlock(piece);
-      HEADSTART_RETURN_IF_ERROR(RunRest(w, row + skipped, piece.num_tokens() - skipped));
-    }
-    row += piece.num_tokens();
+  for (const RowRange& rows : RowsOfLastBlocks(pieces)) {
+    HEADSTART_RETURN_IF_ERROR(RunRest(w, rows.begin, rows.end - rows.begin));
   }
   return absl::OkStatus();
 }
@@ -133,10 +151,11 @@ absl::Status Decoder::RunQkv(const LayerWeights& w, int32_t layer,
   HEADSTART_RETURN_IF_ERROR(
       backend_.RmsNorm(Hidden(rows), w.input_norm, config_.rms_norm_eps, normed));
   HEADSTART_RETURN_IF_ERROR(backend_.Linear(*w.qkv, normed, qkv, LinearOutput::kStore));
+  uint32_t* const flags = static_cast<uint32_t*>(flags_.data()) + layer * max_pieces_;
   std::vector<RopeSequence> sequences;
   int64_t row = 0;
   for (const DecoderInput& piece : pieces) {
-    sequences.push_back({SequenceRowsOf(piece, row), piece.slot->not_finite(layer)});
+    sequences.push_back({SequenceRowsOf(piece, row), flags + sequences.size()});
     row += piece.num_tokens();
   }
   RopeArgs rope;
@@ -208,34 +227,34 @@ absl::Status Decoder::RunFfn(const LayerWeights& w, Matrix x, Matrix normed) {
   return absl::OkStatus();
 }
 
+const uint32_t* Decoder::not_finite(int32_t layer) const {
+  return static_cast<const uint32_t*>(flags_.data()) + layer * max_pieces_;
+}
+
 absl::Status Decoder::RunHead(absl::Span<const DecoderInput> pieces) {
   const Matrix hidden = Hidden(RowsOf(pieces));
-  const Matrix normed = View(normed_, backend_.compute_dtype(), 1, config_.hidden_size);
-  int64_t end = 0, prompt = 0;
+  const Matrix normed = View(normed_, backend_.compute_dtype(), max_rows_, config_.hidden_size);
+  int64_t end = 0, prompts = 0;
   for (const DecoderInput& piece : pieces) {
     end += piece.num_tokens();
     if (!piece.ends_prompt) continue;
-    // One at a time: a row's logits must not depend on how many there are.
     HEADSTART_RETURN_IF_ERROR(backend_.RmsNorm(hidden.Rows(end - 1, 1), weights_.final_norm,
-                                               config_.rms_norm_eps, normed));
-    HEADSTART_RETURN_IF_ERROR(
-        backend_.Linear(*weights_.lm_head, normed, LogitsOf(prompt++), LinearOutput::kStore));
+                                               config_.rms_norm_eps, normed.Rows(prompts++, 1)));
   }
-  return absl::OkStatus();
+  if (prompts == 0) return absl::OkStatus();
+  return backend_.Linear(*weights_.lm_head, normed.Rows(0, prompts), LogitsOf(0, prompts),
+                         LinearOutput::kStore);
 }
 
 absl::StatusOr<absl::Span<const float>> Decoder::Logits(int64_t prompt) {
   HEADSTART_RETURN_IF_ERROR(backend_.Download(
-      LogitsOf(prompt).data, config_.vocab_size * DTypeBytes(DType::kF32), host_logits_.data()));
+      LogitsOf(prompt, 1).data, config_.vocab_size * DTypeBytes(DType::kF32), host_logits_.data()));
   return absl::MakeConstSpan(host_logits_);
 }
 
-Matrix Decoder::LogitsOf(int64_t prompt) const {
-  const int64_t stride = LogitsStride(config_);
-  const int64_t max_pieces = logits_.bytes() / (stride * DTypeBytes(DType::kF32));
-  HEADSTART_CHECK(prompt < max_pieces);
-  return Matrix{logits_.data(), DType::kF32, max_pieces, config_.vocab_size, stride}.Rows(prompt,
-                                                                                          1);
+Matrix Decoder::LogitsOf(int64_t first_prompt, int64_t num_prompts) const {
+  return Matrix{logits_.data(), DType::kF32, max_pieces_, config_.vocab_size, LogitsStride(config_)}
+      .Rows(first_prompt, num_prompts);
 }
 
 Matrix Decoder::Hidden(int64_t rows) const {

@@ -27,4 +27,11 @@ std::vector<int64_t> PredictedBlocks(absl::Span<const float> budget_ratios, int3
   return predicted;
 }
 
+std::vector<int64_t> CausalBlocks(int32_t num_layers, int32_t num_heads, int64_t num_tokens) {
+  const int64_t rows = NumBlocks(num_tokens);
+  std::vector<int64_t> causal(static_cast<size_t>(num_layers), num_heads * rows * (rows + 1) / 2);
+  causal.back() = num_heads * rows;  // of the last row
+  return causal;
+}
+
 }  // namespace headstart

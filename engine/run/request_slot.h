@@ -8,6 +8,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "engine/model/model_config.h"
+#include "engine/schedule/step.h"
 #include "kernels/backend.h"
 
 namespace headstart {
@@ -16,7 +17,6 @@ namespace headstart {
 struct SlotTotals {
   std::vector<BlockCounts> counts;   // [num_layers]
   std::vector<float> budget_ratios;  // [num_layers][H], see AttentionSequence; 0: none estimated
-  std::vector<uint32_t> not_finite;  // [num_layers], see RopeSequence
 };
 
 // One stretch of backend memory, used by one request after the other.
@@ -28,24 +28,26 @@ class RequestSlot {
   static absl::StatusOr<RequestSlot> Create(const ModelConfig& config, int64_t max_pages,
                                             Backend& backend);
 
-  // Begins a request whose token t lives in page pages[t / kBlockTokens]; at most max_pages. All
-  // that is counted begins at 0.
-  absl::Status Start(absl::Span<const int32_t> pages);
-  // Waits for all operations, once.
-  absl::StatusOr<SlotTotals> Read() const;
+  // Begins a request whose token t lives in page pages[t / kBlockTokens]; at most max_pages. It
+  // goes on from `state`, which Read gave of a slot of the same model; null: all that is counted
+  // begins at 0. INTERNAL: a state of another size.
+  absl::Status Start(absl::Span<const int32_t> pages, const SlotState* state);
+  // The state behind the operations so far. Waits for them, once.
+  absl::StatusOr<SlotState> Read() const;
+  // What a state of Read says.
+  SlotTotals TotalsOf(const SlotState& state) const;
 
   // Backend memory, for the arguments of operations.
   const int32_t* page_table() const;
   BlockCounts* counts(int32_t layer) const;
   float* budget_ratio(int32_t layer) const;  // [H]
-  uint32_t* not_finite(int32_t layer) const;
 
  private:
-  // Where the parts lie: counts, ratios and flags, which Read takes together; then the page table.
+  // Where the parts lie: the state (counts, then ratios), then the page table.
   struct Layout {
     explicit Layout(const ModelConfig& config);
     int64_t num_layers, num_heads;
-    int64_t ratios, flags, page_table;  // bytes from the start
+    int64_t ratios, page_table;  // bytes from the start
   };
   explicit RequestSlot(const Layout& layout) : layout_(layout) {}
 

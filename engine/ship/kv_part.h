@@ -10,6 +10,16 @@
 
 namespace headstart {
 
+// Tokens of a prompt; those of whole pages but for its ends.
+struct TokenRange {
+  int64_t begin = 0;
+  int64_t count = 0;
+
+  int64_t end() const { return begin + count; }
+  int64_t first_page() const { return begin / kBlockTokens; }
+  int64_t num_pages() const { return NumBlocks(end()) - first_page(); }
+};
+
 // What every page of a model's KV looks like, and how many go into a chunk.
 struct KvGeometry {
   int32_t num_layers = 0;
@@ -17,12 +27,25 @@ struct KvGeometry {
   DType dtype = DType::kBF16;
   int64_t chunk_pages = 1;  // most pages of a chunk
 
-  // K and V of one token in one layer.
+  // The same KV as it is shipped in another type.
+  KvGeometry As(DType shipped) const {
+    KvGeometry out = *this;
+    out.dtype = shipped;
+    return out;
+  }
+  // K and V of one token in one layer, without scales.
   int64_t token_bytes() const {
     return 2 * int64_t{heads.num_kv_heads} * heads.head_dim * DTypeBytes(dtype);
   }
-  int64_t page_bytes() const { return token_bytes() * kBlockTokens; }
+  // In front of a page; 0 of types that need none.
+  int64_t scale_bytes() const { return dtype == DType::kF8E4M3 ? Fp8ScaleBytes(heads) : 0; }
+  int64_t page_bytes() const { return scale_bytes() + token_bytes() * kBlockTokens; }
   int64_t chunk_bytes() const { return page_bytes() * chunk_pages; }
+  // On the wire: of so many heads of the tokens, in one layer.
+  int64_t wire_bytes(const TokenRange& tokens, int32_t head_count) const {
+    return (tokens.count * token_bytes() + tokens.num_pages() * scale_bytes()) /
+           heads.num_kv_heads * head_count;
+  }
 };
 
 // Pages of a chunk: as many as make 1 MiB, which is what gRPC moves best, and at least one.
@@ -52,12 +75,6 @@ absl::Status CheckPart(const KvPart& part, const KvGeometry& geometry);
 // INVALID_ARGUMENT names a layer and a head that no reader gets whole, or what is wrong with one:
 // not inside the model, or the same part as another.
 absl::Status CheckCoverage(absl::Span<const KvPart> readers, const KvGeometry& geometry);
-
-// Tokens of a prompt; those of whole pages but for its ends.
-struct TokenRange {
-  int64_t begin = 0;
-  int64_t count = 0;
-};
 
 // How tokens [first_position, first_position + num_tokens), a multiple of kBlockTokens on, are cut
 // into the chunks of a layer, without those below skip_tokens. Depends on nothing else, so chunks

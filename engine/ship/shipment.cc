@@ -151,9 +151,7 @@ bool ShipmentReader::FindNext() {
 }
 
 void ShipmentReader::Pass() {
-  const KvGeometry& geometry = shipment_->geometry_;
-  const int64_t head_bytes = geometry.token_bytes() / geometry.heads.num_kv_heads;
-  kv_bytes_ += shipment_->log_[place_].chunk.tokens.count * part_->head_count * head_bytes;
+  kv_bytes_ += geometry().wire_bytes(shipment_->log_[place_].chunk.tokens, part_->head_count);
   ++num_chunks_;
   ++layer_chunks_;
   ++place_;

@@ -23,7 +23,8 @@
 namespace headstart {
 
 // Tokens of one layer. Page i of the memory holds tokens from (begin / kBlockTokens + i) *
-// kBlockTokens on, as the device's page does: [K, V][kv_heads][kBlockTokens][head_dim].
+// kBlockTokens on, as the device's page does: [K, V][kv_heads][kBlockTokens][head_dim], in fp8 with
+// scales in front (see Fp8PageBytes).
 struct KvChunk {
   int32_t layer = 0;
   TokenRange tokens;
@@ -66,6 +67,8 @@ class Shipment : public std::enable_shared_from_this<Shipment> {
   absl::StatusOr<std::unique_ptr<ShipmentReader>> Open(std::optional<KvPart> part,
                                                        int64_t from_chunk);
 
+  // Of the KV as it is shipped.
+  const KvGeometry& geometry() const { return geometry_; }
   // Chunks whose memory has not gone back, though a reader may have them on the wire still.
   int64_t kept_chunks() const;
 
@@ -131,6 +134,7 @@ class ShipmentReader {
   // when that is fewer than before, or more than Next has given.
   absl::Status Acknowledge(int64_t num_chunks);
 
+  const KvGeometry& geometry() const { return shipment_->geometry_; }
   // What PrefillRequest::manifest was.
   const std::string& manifest() const { return shipment_->manifest_; }
   // Everything was computed, whether Next has said so or not.

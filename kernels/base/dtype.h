@@ -1,4 +1,4 @@
-// Element types of tensors, and bfloat16 / float16 conversion on the host.
+// Element types of tensors, and what bfloat16, float16 and float8 mean on the host.
 #pragma once
 
 #include <bit>
@@ -6,9 +6,11 @@
 
 namespace headstart {
 
-enum class DType : uint8_t { kF32, kBF16, kF16, kI32 };
+// kF8E4M3: only KV on its way to another machine has it, with scales; see Fp8PageBytes.
+enum class DType : uint8_t { kF32, kBF16, kF16, kI32, kF8E4M3 };
 
 constexpr int64_t DTypeBytes(DType dtype) {
+  if (dtype == DType::kF8E4M3) return 1;
   return dtype == DType::kF32 || dtype == DType::kI32 ? 4 : 2;
 }
 
@@ -22,6 +24,8 @@ constexpr const char* DTypeName(DType dtype) {
       return "f16";
     case DType::kI32:
       return "i32";
+    case DType::kF8E4M3:
+      return "fp8_e4m3";
   }
   return "?";
 }
@@ -53,6 +57,21 @@ inline float Float16ToFloat(uint16_t half) {
   if (exponent != 0)
     return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
   const float subnormal = static_cast<float>(mantissa) * 0x1p-24f;
+  return sign ? -subnormal : subnormal;
+}
+
+// The greatest OCP E4M3 number. There is no infinity.
+inline constexpr float kMaxFloat8E4M3 = 448.0f;
+
+// OCP E4M3 to float32, exact. 0x7f and 0xff are NaN.
+inline float Float8E4M3ToFloat(uint8_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x80u) << 24;
+  const uint32_t exponent = (bits >> 3) & 0xfu;
+  const uint32_t mantissa = bits & 7u;
+  if ((bits & 0x7fu) == 0x7fu) return std::bit_cast<float>(sign | 0x7fc00000u);
+  if (exponent != 0)
+    return std::bit_cast<float>(sign | ((exponent + 120) << 23) | (mantissa << 20));
+  const float subnormal = static_cast<float>(mantissa) * 0x1p-9f;
   return sign ? -subnormal : subnormal;
 }
 

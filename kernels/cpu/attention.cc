@@ -11,8 +11,15 @@
 namespace headstart {
 namespace {
 
-// Up to this many query rows attention reads the pages as they are; packing them would cost more.
+// Up to this many query rows within a block, a decode's, read the pages as they are: packing them
+// would cost more.
 constexpr int64_t kMaxDirectRows = 4;
+
+// Rows that begin a block are the end of a prompt whose start was computed before: they must get
+// the bits that they get with all others, in tiles.
+bool ReadsPagesDirectly(const SequenceAttention& args) {
+  return args.q.rows <= kMaxDirectRows && args.first_position % kBlockTokens != 0;
+}
 
 // With fewer query blocks and heads than this per thread, tiles are smaller than a block, so that
 // the threads end together. The tile height changes no result: rows are computed in the same
@@ -62,7 +69,7 @@ int64_t NumSplits(int64_t num_tokens) {
 }  // namespace
 
 absl::Status CpuAttention::Run(const SequenceAttention& args, const BlockSelection* selection) {
-  if (selection == nullptr && args.q.rows <= kMaxDirectRows) return RunRows(args);
+  if (selection == nullptr && ReadsPagesDirectly(args)) return RunRows(args);
   return RunTiles(args, selection);
 }
 

@@ -289,6 +289,27 @@ absl::Status CpuBackend::SwiGlu(Matrix gate_up, Matrix out) {
   return absl::OkStatus();
 }
 
+absl::Status CpuBackend::QuantizeKv(const QuantizeKvArgs& args) {
+  HEADSTART_RETURN_IF_ERROR(CheckQuantizeKv(limits_, args));
+  const HeadShape& shape = args.kv.shape;
+  const int64_t planes = int64_t{2} * shape.num_kv_heads;  // K's heads, then V's
+  const int64_t head_elements = kBlockTokens * shape.head_dim;
+  const auto* pages = static_cast<const char*>(args.kv.pages);
+  auto* out = static_cast<std::byte*>(args.out);
+  ParallelFor(
+      num_threads_, static_cast<int64_t>(args.pages.size()) * planes, [&](int64_t index, int32_t) {
+        const KvPageTokens& page = args.pages[static_cast<size_t>(index / planes)];
+        const int64_t plane = index % planes;
+        const char* head = pages + (page.page * args.kv.page_elements() + plane * head_elements) *
+                                       DTypeBytes(dtype_);
+        std::byte* const fp8 = out + index / planes * Fp8PageBytes(shape);
+        std::byte* const numbers = fp8 + Fp8ScaleBytes(shape) + plane * head_elements;
+        reinterpret_cast<float*>(fp8)[plane] = kernels_.element.quantize(
+            head, page.num_tokens * int64_t{shape.head_dim}, reinterpret_cast<uint8_t*>(numbers));
+      });
+  return absl::OkStatus();
+}
+
 // ---- results
 
 absl::StatusOr<HostBuffer> CpuBackend::AllocateHost(int64_t bytes) {

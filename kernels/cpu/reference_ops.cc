@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "kernels/base/check.h"
@@ -17,6 +18,8 @@ float LoadElement(const void* data, DType dtype, int64_t i) {
       return static_cast<float>(static_cast<const BFloat16*>(data)[i]);
     case DType::kF16:
       return Float16ToFloat(static_cast<const uint16_t*>(data)[i]);
+    case DType::kF8E4M3:
+      return Float8E4M3ToFloat(static_cast<const uint8_t*>(data)[i]);
     case DType::kI32:
       break;
   }
@@ -232,6 +235,40 @@ KvRows LoadKv(const KvPages& pages, const int32_t* page_table, int64_t num_token
                      });
   }
   return rows;
+}
+
+uint8_t NearestFloat8E4M3(float value) {
+  uint8_t nearest = 0;
+  for (uint8_t number = 1; number < 0x7f; ++number) {
+    const auto distance = [&](uint8_t candidate) {
+      return std::abs(double{Float8E4M3ToFloat(candidate)} - std::abs(double{value}));
+    };
+    const bool wins_tie = distance(number) == distance(nearest) && number % 2 == 0;
+    if (distance(number) < distance(nearest) || wins_tie) nearest = number;
+  }
+  return std::signbit(value) ? nearest | 0x80 : nearest;
+}
+
+std::vector<uint8_t> QuantizePage(const KvPages& pages, int64_t page, int64_t num_tokens) {
+  const HeadShape& shape = pages.shape;
+  const int64_t head_elements = kBlockTokens * shape.head_dim;
+  std::vector<uint8_t> out(static_cast<size_t>(Fp8PageBytes(shape)));
+  for (int64_t plane = 0; plane < int64_t{2} * shape.num_kv_heads; ++plane) {
+    const int64_t first = page * pages.page_elements() + plane * head_elements;
+    const auto element = [&](int64_t i) {
+      return LoadElement(pages.pages, pages.dtype, first + i);
+    };
+    const int64_t count = num_tokens * shape.head_dim;
+    float largest = 0;
+    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(element(i)));
+    const float scale = largest / kMaxFloat8E4M3;
+    std::memcpy(out.data() + plane * int64_t{sizeof(float)}, &scale, sizeof(scale));
+    uint8_t* const numbers = out.data() + Fp8ScaleBytes(shape) + plane * head_elements;
+    for (int64_t i = 0; i < count; ++i) {
+      numbers[i] = NearestFloat8E4M3(element(i) / (scale > 0 ? scale : INFINITY));
+    }
+  }
+  return out;
 }
 
 HostMatrix Attention(const HostMatrix& q, const KvRows& kv, const HeadShape& shape,

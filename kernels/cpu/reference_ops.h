@@ -71,6 +71,11 @@ void StoreKv(const KvRows& rows, int64_t first_position, const KvPages& pages,
 // Reads tokens [0, num_tokens).
 KvRows LoadKv(const KvPages& pages, const int32_t* page_table, int64_t num_tokens);
 
+// The E4M3 number nearest to `value`, ties to the even one, at most 448 in magnitude.
+uint8_t NearestFloat8E4M3(float value);
+// One page in fp8, as Backend::QuantizeKv says; tokens from num_tokens on are 0.
+std::vector<uint8_t> QuantizePage(const KvPages& pages, int64_t page, int64_t num_tokens);
+
 // ---- attention
 
 // Causal GQA attention, scale 1 / sqrt(head_dim). q: [n, H d], its row r at position first_position

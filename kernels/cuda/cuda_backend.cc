@@ -65,7 +65,7 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(const BackendOp
   HEADSTART_ASSIGN_OR_RETURN(Event finished, MakeEvent(kOrderEvent));
   HEADSTART_ASSIGN_OR_RETURN(CopyStream copies, CopyStream::Create());
   HEADSTART_ASSIGN_OR_RETURN(HostTransfer transfer, HostTransfer::Create());
-  HEADSTART_ASSIGN_OR_RETURN(auto gemm, CublasLtGemm::Create());
+  HEADSTART_ASSIGN_OR_RETURN(auto gemm, CublasLtGemm::Create(options.fastest_products));
   HEADSTART_ASSIGN_OR_RETURN(DeviceMemory tile_counter, AllocateDevice(sizeof(uint32_t)));
   HEADSTART_RETURN_IF_ERROR(
       ToStatus(cudaMemset(tile_counter.get(), 0, sizeof(uint32_t)), "clearing the tile counter"));
@@ -302,6 +302,21 @@ absl::Status CudaBackend::SwiGlu(Matrix gate_up, Matrix out) {
   const SwiGluParams params{gate_up.data, out.data,           out.rows,
                             out.cols,     gate_up.row_stride, out.row_stride};
   return ToStatus(LaunchSwiGlu(params, stream_.get()), "SwiGLU");
+}
+
+absl::Status CudaBackend::QuantizeKv(const QuantizeKvArgs& args) {
+  HEADSTART_RETURN_IF_ERROR(CheckQuantizeKv(kLimits, args));
+  QuantizeKvParams params{};
+  params.kv = args.kv;
+  params.out = args.out;
+  for (absl::Span<const KvPageTokens> left = args.pages; !left.empty();
+       left.remove_prefix(params.num_pages)) {
+    params.num_pages = static_cast<int>(std::min<size_t>(left.size(), kMaxQuantizedPages));
+    for (int i = 0; i < params.num_pages; ++i) params.pages[i] = {left[i].page, left[i].num_tokens};
+    HEADSTART_RETURN_IF_ERROR(ToStatus(LaunchQuantizeKv(params, stream_.get()), "KV to fp8"));
+    params.out = static_cast<char*>(params.out) + params.num_pages * Fp8PageBytes(args.kv.shape);
+  }
+  return absl::OkStatus();
 }
 
 // ---- results

@@ -74,6 +74,28 @@ struct RopeKvWriteParams {
 };
 cudaError_t LaunchRopeKvWrite(const RopeKvWriteParams& params, cudaStream_t stream);
 
+// Sets *differs to whether two stretches of memory differ: 1, else 0. bytes: a multiple of 4.
+struct CompareParams {
+  const void* a;
+  const void* b;
+  int64_t bytes;
+  uint32_t* differs;
+};
+cudaError_t LaunchCompare(const CompareParams& params, cudaStream_t stream);
+
+// KV pages to fp8, see Backend::QuantizeKv.
+inline constexpr int kMaxQuantizedPages = 256;
+struct QuantizeKvParams {
+  struct Page {
+    int32_t page, num_tokens;
+  };
+  Page pages[kMaxQuantizedPages];
+  int num_pages;  // 1 to kMaxQuantizedPages
+  KvPages kv;     // d 64 or 128
+  void* out;      // [num_pages] pages of Fp8PageBytes, 8-byte aligned
+};
+cudaError_t LaunchQuantizeKv(const QuantizeKvParams& params, cudaStream_t stream);
+
 // ---- attention
 
 // Kept key blocks of every head and query block, or all of them.

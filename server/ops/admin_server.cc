@@ -9,6 +9,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
+#include "server/ops/status_report.h"
 
 namespace headstart {
 namespace {
@@ -22,6 +23,15 @@ constexpr char kPrometheusText[] = "text/plain; version=0.0.4; charset=utf-8";
 void AnswerStatus(const absl::Status& status, httplib::Response& response) {
   response.status = status.ok() ? 200 : 503;
   response.set_content(status.ok() ? "ok\n" : absl::StrCat(status.message(), "\n"), kText);
+}
+
+// The page may use nothing but itself and this server, and nobody may frame it.
+void AnswerToBrowser(const std::string& body, const char* type, httplib::Response& response) {
+  response.set_header("Content-Security-Policy",
+                      "default-src 'self' 'unsafe-inline'; img-src data:; frame-ancestors 'none'");
+  response.set_header("X-Content-Type-Options", "nosniff");
+  response.set_header("Cache-Control", "no-store");
+  response.set_content(body, type);
 }
 
 bool IsFromThisMachine(const httplib::Request& request) {
@@ -45,6 +55,12 @@ void SetRoutes(httplib::Server& http, const AdminHandlers& handlers) {
   http.Get("/version", [&handlers](const Request&, Response& response) {
     response.set_content(handlers.version(), "application/json");
   });
+  http.Get("/", [](const Request&, Response& response) {
+    AnswerToBrowser(StatusPage(), "text/html; charset=utf-8", response);
+  });
+  http.Get("/status.json", [&handlers](const Request&, Response& response) {
+    AnswerToBrowser(handlers.status(), "application/json", response);
+  });
   http.Post("/drain", [&handlers](const Request& request, Response& response) {
     if (!IsFromThisMachine(request)) {
       response.status = 403;
@@ -61,7 +77,9 @@ void SetLimits(httplib::Server& http) {
   http.new_task_queue = [] { return new httplib::ThreadPool(kThreads); };
   http.set_read_timeout(kClientTimeoutSeconds);
   http.set_write_timeout(kClientTimeoutSeconds);
+  // One request a connection: one that idles holds a thread, which probes need more than browsers.
   http.set_keep_alive_timeout(kClientTimeoutSeconds);
+  http.set_keep_alive_max_count(1);
   http.set_payload_max_length(kMaxRequestBodyBytes);
   // The library's default also sets SO_REUSEPORT, with which a taken port goes unnoticed.
   http.set_socket_options([](socket_t fd) {

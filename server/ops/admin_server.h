@@ -1,4 +1,5 @@
-// HTTP for operators: /metrics, /healthz, /readyz, /version, and POST /drain from this machine.
+// HTTP for operators: the status page, /metrics, /healthz, /readyz, /version, and POST /drain from
+// this machine.
 #pragma once
 
 #include <functional>
@@ -17,6 +18,7 @@ struct AdminHandlers {
   std::function<absl::Status()> live;    // OK: 200, else 503 with the message
   std::function<absl::Status()> ready;   // likewise
   std::function<std::string()> version;  // JSON
+  std::function<std::string()> status;   // JSON, what the page at / shows
   std::function<void()> drain;           // begins to drain; does not wait
 };
 

@@ -50,8 +50,7 @@ inline constexpr MetricSpec kTimeToFirstToken{
     MetricType::kHistogram, "headstart_time_to_first_token_seconds", "model",
     "Accepted until the client's connection had taken the first token and all KV that the call "
     "ships, for requests that ended OK; of attached KV about the sum of queue, selection, "
-    "attention, "
-    "other compute, room wait and exposed transfer"};
+    "attention, other compute, gave way, room wait and exposed transfer"};
 inline constexpr MetricSpec kQueueTime{MetricType::kHistogram, "headstart_queue_seconds", "model",
                                        "Accepted until compute began"};
 inline constexpr MetricSpec kComputeTime{
@@ -64,6 +63,9 @@ inline constexpr MetricSpec kAttentionTime{MetricType::kHistogram, "headstart_at
 inline constexpr MetricSpec kOtherComputeTime{MetricType::kHistogram,
                                               "headstart_other_compute_seconds", "model",
                                               "Everything else of the model"};
+inline constexpr MetricSpec kGaveWayTime{
+    MetricType::kHistogram, "headstart_gave_way_seconds", "model",
+    "Between begin and end of compute, when others ran, one a prompt that ended OK"};
 inline constexpr MetricSpec kExposedTransferTime{
     MetricType::kHistogram, "headstart_exposed_transfer_seconds", "model",
     "End of compute, or opening of the call if that was later, until the client's connection had "
@@ -71,11 +73,26 @@ inline constexpr MetricSpec kExposedTransferTime{
 inline constexpr MetricSpec kRequestTime{MetricType::kHistogram, "headstart_request_seconds",
                                          "model", "Accepted until ended, however it ended"};
 
+inline constexpr MetricSpec kEstimateError{
+    MetricType::kHistogram, "headstart_ttft_estimate_error_ratio", "model",
+    "Predicted less real time from accepted to computed, as a share of the real one without its "
+    "sign, one a prompt that ended OK, had a prediction, and did not wait for room"};
+inline constexpr MetricSpec kPredictedDrain{
+    MetricType::kGauge, "headstart_predicted_drain_seconds", "model",
+    "Time to compute all that is accepted; absent before the server has learned from prompts that "
+    "ran"};
+inline constexpr MetricSpec kSteps{
+    MetricType::kCounter, "headstart_steps_total", "model,kind",
+    "Ways through the layers that have ended; urgent: between two layers of a main one"};
+inline constexpr MetricSpec kStepPieces{
+    MetricType::kCounter, "headstart_step_pieces_total", "model",
+    "Pieces of prompts in steps; by step, how many requests ran together"};
+
 inline constexpr MetricSpec kPromptTokens{MetricType::kHistogram, "headstart_prompt_tokens",
                                           "model", "Length of accepted prompts"};
 inline constexpr MetricSpec kPromptTokensTotal{
     MetricType::kCounter, "headstart_prompt_tokens_total", "model,source",
-    "Prompt tokens whose KV was made, by where it came from"};
+    "Prompt tokens of requests that ended OK, by where their KV came from"};
 inline constexpr MetricSpec kKvBytesSent{
     MetricType::kCounter, "headstart_kv_bytes_sent_total", "model,stripes",
     "KV bytes that connections have taken, by how many stripes "
@@ -112,14 +129,20 @@ inline constexpr MetricSpec kKvLeasesExpired{
     "Detached KV that was given up because its lease ended"};
 inline constexpr MetricSpec kHostKvBytes{MetricType::kGauge, "headstart_host_kv_bytes", "state",
                                          "Host memory for KV on its way out"};
-inline constexpr MetricSpec kKvPoolBlocks{MetricType::kGauge, "headstart_kv_pool_blocks", "state",
-                                          "Pages of the KV pool"};
+inline constexpr MetricSpec kKvPoolBlocks{
+    MetricType::kGauge, "headstart_kv_pool_blocks", "state",
+    "Pages of the KV pool; cached: nobody's, with KV that prompts that begin alike will find"};
 inline constexpr MetricSpec kKvPoolAcquired{
-    MetricType::kCounter, "headstart_kv_pool_blocks_acquired_total", "", "Pages handed out"};
+    MetricType::kCounter, "headstart_kv_pool_blocks_acquired_total", "",
+    "Pages handed out, those that were found in the prefix cache included"};
 inline constexpr MetricSpec kKvPoolReleased{
     MetricType::kCounter, "headstart_kv_pool_blocks_released_total", "", "Pages given back"};
+inline constexpr MetricSpec kKvPoolEvictions{MetricType::kCounter,
+                                             "headstart_kv_pool_evictions_total", "",
+                                             "Cached pages that were taken for other KV"};
 inline constexpr MetricSpec kKvCacheUtilization{
-    MetricType::kGauge, "headstart_kv_cache_utilization_ratio", "", "Used share of the KV pool"};
+    MetricType::kGauge, "headstart_kv_cache_utilization_ratio", "",
+    "Share of the KV pool that requests use; cached pages are not used"};
 
 inline constexpr MetricSpec kAttentionDensity{
     MetricType::kHistogram, "headstart_attention_density_ratio", "model",
@@ -169,6 +192,13 @@ inline constexpr MetricSpec kConnectionsShed{MetricType::kCounter,
                                              "headstart_connections_shed_total", "reason",
                                              "Connections closed at once because of a limit"};
 
+inline constexpr MetricSpec kTraceSpansExported{MetricType::kCounter,
+                                                "headstart_trace_spans_exported_total", "",
+                                                "Spans that the collector of traces has taken"};
+inline constexpr MetricSpec kTraceSpansDropped{
+    MetricType::kCounter, "headstart_trace_spans_dropped_total", "",
+    "Spans that were given up: no room to wait, or refused by the collector"};
+
 inline constexpr MetricSpec kProcessCpu{MetricType::kCounter, "process_cpu_seconds_total", "",
                                         "User and system time of the process"};
 inline constexpr MetricSpec kProcessResident{MetricType::kGauge, "process_resident_memory_bytes",
@@ -183,26 +213,74 @@ inline constexpr MetricSpec kProcessThreads{MetricType::kGauge, "process_threads
 inline constexpr MetricSpec kProcessStart{MetricType::kGauge, "process_start_time_seconds", "",
                                           "Start of the process, Unix time"};
 
-inline constexpr std::array kAll = {kRequests,           kQueueRequests,       kQueueTokens,
-                                    kRunningRequests,    kInflightTokens,      kQueueLimitRequests,
-                                    kQueueLimitTokens,   kTicketsAcquired,     kTicketsReleased,
-                                    kTimeToFirstChunk,   kTimeToFirstToken,    kQueueTime,
-                                    kComputeTime,        kSelectionTime,       kAttentionTime,
-                                    kOtherComputeTime,   kExposedTransferTime, kRequestTime,
-                                    kPromptTokens,       kPromptTokensTotal,   kKvBytesSent,
-                                    kKvChunksSent,       kKvOverlap,           kKvRoomWait,
-                                    kKvRoomWaiting,      kKvTransferFailures,  kKvFetches,
-                                    kKvFetchStreams,     kKvResumes,           kKvLeases,
-                                    kKvLeaseTokens,      kKvLeasesExpired,     kHostKvBytes,
-                                    kKvPoolBlocks,       kKvPoolAcquired,      kKvPoolReleased,
-                                    kKvCacheUtilization, kAttentionDensity,    kExecutedBlocks,
-                                    kCausalBlocks,       kPredictedBlocks,     kLayerSparsity,
-                                    kAttentionFallback,  kNonfiniteOutputs,    kReady,
-                                    kDraining,           kModelLoadTime,       kLayersDone,
-                                    kBuildInfo,          kModelInfo,           kCacheConfigInfo,
-                                    kConnections,        kConnectionsAccepted, kConnectionsShed,
-                                    kProcessCpu,         kProcessResident,     kProcessVirtual,
-                                    kProcessOpenFds,     kProcessMaxFds,       kProcessThreads,
+inline constexpr std::array kAll = {kRequests,
+                                    kQueueRequests,
+                                    kQueueTokens,
+                                    kRunningRequests,
+                                    kInflightTokens,
+                                    kQueueLimitRequests,
+                                    kQueueLimitTokens,
+                                    kTicketsAcquired,
+                                    kTicketsReleased,
+                                    kTimeToFirstChunk,
+                                    kTimeToFirstToken,
+                                    kQueueTime,
+                                    kComputeTime,
+                                    kSelectionTime,
+                                    kAttentionTime,
+                                    kOtherComputeTime,
+                                    kGaveWayTime,
+                                    kExposedTransferTime,
+                                    kRequestTime,
+                                    kEstimateError,
+                                    kPredictedDrain,
+                                    kSteps,
+                                    kStepPieces,
+                                    kPromptTokens,
+                                    kPromptTokensTotal,
+                                    kKvBytesSent,
+                                    kKvChunksSent,
+                                    kKvOverlap,
+                                    kKvRoomWait,
+                                    kKvRoomWaiting,
+                                    kKvTransferFailures,
+                                    kKvFetches,
+                                    kKvFetchStreams,
+                                    kKvResumes,
+                                    kKvLeases,
+                                    kKvLeaseTokens,
+                                    kKvLeasesExpired,
+                                    kHostKvBytes,
+                                    kKvPoolBlocks,
+                                    kKvPoolAcquired,
+                                    kKvPoolReleased,
+                                    kKvPoolEvictions,
+                                    kKvCacheUtilization,
+                                    kAttentionDensity,
+                                    kExecutedBlocks,
+                                    kCausalBlocks,
+                                    kPredictedBlocks,
+                                    kLayerSparsity,
+                                    kAttentionFallback,
+                                    kNonfiniteOutputs,
+                                    kReady,
+                                    kDraining,
+                                    kModelLoadTime,
+                                    kLayersDone,
+                                    kBuildInfo,
+                                    kModelInfo,
+                                    kCacheConfigInfo,
+                                    kConnections,
+                                    kConnectionsAccepted,
+                                    kConnectionsShed,
+                                    kTraceSpansExported,
+                                    kTraceSpansDropped,
+                                    kProcessCpu,
+                                    kProcessResident,
+                                    kProcessVirtual,
+                                    kProcessOpenFds,
+                                    kProcessMaxFds,
+                                    kProcessThreads,
                                     kProcessStart};
 
 }  // namespace metric

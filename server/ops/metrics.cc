@@ -20,6 +20,11 @@ Histogram::BucketBoundaries TimeBuckets() {
   return {0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120};
 }
 
+// Errors of estimates: 0.1 and 0.3 are objectives.
+Histogram::BucketBoundaries ErrorBuckets() {
+  return {0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5};
+}
+
 Histogram::BucketBoundaries TokenBuckets() {
   Histogram::BucketBoundaries buckets;
   for (double tokens = 128; tokens <= 1 << 20; tokens *= 2) buckets.push_back(tokens);
@@ -117,13 +122,16 @@ Metrics::Metrics(const std::string& model)
       selection_time_(AddHistogram(metric::kSelectionTime, TimeBuckets())),
       attention_time_(AddHistogram(metric::kAttentionTime, TimeBuckets())),
       other_compute_time_(AddHistogram(metric::kOtherComputeTime, TimeBuckets())),
+      gave_way_time_(AddHistogram(metric::kGaveWayTime, TimeBuckets())),
       exposed_transfer_time_(AddHistogram(metric::kExposedTransferTime, TimeBuckets())),
       request_time_(AddHistogram(metric::kRequestTime, TimeBuckets())),
+      estimate_error_(AddHistogram(metric::kEstimateError, ErrorBuckets())),
       prompt_tokens_(AddHistogram(metric::kPromptTokens, TokenBuckets())),
       room_wait_(AddHistogram(metric::kKvRoomWait, TimeBuckets())),
       overlap_(AddHistogram(metric::kKvOverlap, ShareBuckets())),
       density_(AddHistogram(metric::kAttentionDensity, ShareBuckets())),
       prompt_tokens_computed_(AddCounter(metric::kPromptTokensTotal, {{"source", "computed"}})),
+      prompt_tokens_cached_(AddCounter(metric::kPromptTokensTotal, {{"source", "prefix_cache"}})),
       kv_chunks_sent_(AddCounter(metric::kKvChunksSent, {})),
       resumes_(AddCounter(metric::kKvResumes, {})),
       fetch_streams_(GaugeFamily(metric::kKvFetchStreams).Add({{"model", model}})),
@@ -228,17 +236,27 @@ void Metrics::RecordComputed(const CallRecord& record) {
   selection_time_.Observe(Seconds(shares.selection));
   attention_time_.Observe(Seconds(shares.attention));
   other_compute_time_.Observe(Seconds(shares.other_compute));
+  gave_way_time_.Observe(Seconds(shares.gave_way));
   if (result.room_wait_seconds > 0) room_wait_.Observe(result.room_wait_seconds);
   if (!record.detached) RecordOverlap(record.sent, record.accepted_at);
-  prompt_tokens_computed_.Increment(static_cast<double>(record.num_tokens));
+  RecordEstimate(result);
+  prompt_tokens_computed_.Increment(static_cast<double>(record.num_tokens - result.cached_tokens));
+  prompt_tokens_cached_.Increment(static_cast<double>(result.cached_tokens));
   if (record.below_dense_limit) fallback_short_.Increment();
   fallback_density_.Increment(static_cast<double>(result.dense_fallbacks));
 }
 
+// Who waits for room waits for its readers, which nobody can predict.
+void Metrics::RecordEstimate(const PrefillResult& result) {
+  if (!result.predicted_ttft.has_value() || result.room_wait_seconds > 0) return;
+  const absl::Duration actual = result.computed_at - result.accepted_at;
+  estimate_error_.Observe(
+      absl::FDivDuration(absl::AbsDuration(*result.predicted_ttft - actual), actual));
+}
+
 void Metrics::RecordBlocks(const PrefillResult& result) {
   if (result.causal_blocks == 0) return;
-  density_.Observe(static_cast<double>(result.executed_blocks) /
-                   static_cast<double>(result.causal_blocks));
+  density_.Observe(DensityOf(result));
   for (size_t layer = 0; layer < result.layer_causal_blocks.size(); ++layer) {
     const auto executed = static_cast<double>(result.layer_executed_blocks[layer]);
     const auto causal = static_cast<double>(result.layer_causal_blocks[layer]);
@@ -273,6 +291,15 @@ void Metrics::RecordOverlap(const SendRecord& sent, absl::Time opened_at) {
 void Metrics::RecordChunkSent(int64_t bytes, int32_t stripes) {
   kv_chunks_sent_.Increment();
   kv_bytes_sent_[StripeLabel(stripes)]->Increment(static_cast<double>(bytes));
+}
+
+MetricTotals Metrics::totals() const {
+  MetricTotals totals;
+  totals.prompt_tokens = static_cast<int64_t>(prompt_tokens_computed_.Value());
+  for (const prometheus::Counter* bytes : kv_bytes_sent_) {
+    totals.kv_bytes += static_cast<int64_t>(bytes->Value());
+  }
+  return totals;
 }
 
 std::string Metrics::Serialize(const MetricsSnapshot& snapshot) const {

@@ -9,6 +9,7 @@
 #include <array>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -37,20 +38,31 @@ struct ModelFacts {
 // State that is looked at when /metrics is asked for.
 struct MetricsSnapshot {
   SchedulerLoad load;
+  std::optional<absl::Duration> predicted_drain;
   int64_t max_queue_requests = 0;
   int64_t max_queue_tokens = 0;
   bool ready = false;
   bool draining = false;
   int64_t layers_done = 0;
   int64_t pool_blocks = 0;
-  int64_t pool_free = 0;
+  int64_t pool_free = 0;  // cached ones included
+  int64_t pool_cached = 0;
   int64_t pool_acquired = 0;
   int64_t pool_released = 0;
+  int64_t pool_evicted = 0;
   int64_t host_kv_bytes = 0;
   int64_t host_kv_free_bytes = 0;
+  int64_t trace_spans_exported = 0;
+  int64_t trace_spans_dropped = 0;
   int64_t connections = 0;
   int64_t connections_accepted = 0;
   std::vector<std::pair<std::string, int64_t>> connections_shed;  // by reason
+};
+
+// What was counted since the start.
+struct MetricTotals {
+  int64_t prompt_tokens = 0;  // computed
+  int64_t kv_bytes = 0;       // that connections have taken
 };
 
 // Thread-safe but for SetModel, which comes before the first request. Every series that can be
@@ -71,6 +83,8 @@ class Metrics {
   // `stripes`: into how many the client has cut what it fetches.
   void RecordChunkSent(int64_t bytes, int32_t stripes);
 
+  MetricTotals totals() const;
+
   // Prometheus text format 0.0.4.
   std::string Serialize(const MetricsSnapshot& snapshot) const;
 
@@ -85,6 +99,7 @@ class Metrics {
   void AddRequestCounters();
   void AddStripeCounters();
   void RecordComputed(const CallRecord& record);
+  void RecordEstimate(const PrefillResult& result);
   void RecordBlocks(const PrefillResult& result);
   // How well a stream that carried all its KV was hidden behind compute.
   void RecordOverlap(const SendRecord& sent, absl::Time opened_at);
@@ -101,13 +116,16 @@ class Metrics {
   prometheus::Histogram& selection_time_;
   prometheus::Histogram& attention_time_;
   prometheus::Histogram& other_compute_time_;
+  prometheus::Histogram& gave_way_time_;
   prometheus::Histogram& exposed_transfer_time_;
   prometheus::Histogram& request_time_;
+  prometheus::Histogram& estimate_error_;
   prometheus::Histogram& prompt_tokens_;
   prometheus::Histogram& room_wait_;
   prometheus::Histogram& overlap_;
   prometheus::Histogram& density_;
   prometheus::Counter& prompt_tokens_computed_;
+  prometheus::Counter& prompt_tokens_cached_;
   std::vector<prometheus::Counter*> kv_bytes_sent_;  // by kStripeLabels
   prometheus::Counter& kv_chunks_sent_;
   prometheus::Counter& resumes_;

@@ -36,6 +36,60 @@ MetricFamily Family(const MetricSpec& spec, const std::vector<Sample>& samples) 
 
 MetricFamily Single(const MetricSpec& spec, double value) { return Family(spec, {{{}, value}}); }
 
+MetricFamily Number(const MetricSpec& spec, int64_t value) {
+  return Single(spec, static_cast<double>(value));
+}
+
+std::vector<MetricFamily> SampleScheduler(const std::string& model, const MetricsSnapshot& s) {
+  const auto of_model = [&model](const MetricSpec& spec, int64_t value) {
+    return Family(spec, {{{{"model", model}}, static_cast<double>(value)}});
+  };
+  const auto of_kind = [&model](const char* kind, int64_t value) {
+    return Sample{{{"model", model}, {"kind", kind}}, static_cast<double>(value)};
+  };
+  std::vector<Sample> drain;
+  if (s.predicted_drain.has_value()) {
+    drain.push_back({{{"model", model}}, absl::ToDoubleSeconds(*s.predicted_drain)});
+  }
+  return {
+      of_model(metric::kQueueRequests, s.load.queued_requests),
+      of_model(metric::kQueueTokens, s.load.queued_tokens),
+      of_model(metric::kRunningRequests, s.load.inflight_requests - s.load.queued_requests),
+      of_model(metric::kInflightTokens, s.load.inflight_tokens),
+      of_model(metric::kQueueLimitRequests, s.max_queue_requests),
+      of_model(metric::kQueueLimitTokens, s.max_queue_tokens),
+      of_model(metric::kTicketsAcquired, s.load.acquired),
+      of_model(metric::kTicketsReleased, s.load.released),
+      Family(metric::kPredictedDrain, drain),
+      Family(metric::kSteps, {of_kind("main", s.load.steps - s.load.urgent_steps),
+                              of_kind("urgent", s.load.urgent_steps)}),
+      of_model(metric::kStepPieces, s.load.pieces),
+      of_model(metric::kKvRoomWaiting, s.load.waiting_for_room),
+      of_model(metric::kKvLeases, s.load.leases),
+      of_model(metric::kKvLeaseTokens, s.load.lease_tokens),
+      of_model(metric::kKvLeasesExpired, s.load.leases_expired),
+  };
+}
+
+std::vector<MetricFamily> SampleKvMemory(const MetricsSnapshot& s) {
+  const auto in_state = [](const char* state, int64_t value) {
+    return Sample{{{"state", state}}, static_cast<double>(value)};
+  };
+  const int64_t used = s.pool_blocks - s.pool_free;
+  return {
+      Family(metric::kKvPoolBlocks, {in_state("free", s.pool_free - s.pool_cached),
+                                     in_state("cached", s.pool_cached), in_state("used", used)}),
+      Number(metric::kKvPoolAcquired, s.pool_acquired),
+      Number(metric::kKvPoolReleased, s.pool_released),
+      Number(metric::kKvPoolEvictions, s.pool_evicted),
+      Single(metric::kKvCacheUtilization,
+             s.pool_blocks == 0 ? 0.0
+                                : static_cast<double>(used) / static_cast<double>(s.pool_blocks)),
+      Family(metric::kHostKvBytes, {in_state("free", s.host_kv_free_bytes),
+                                    in_state("used", s.host_kv_bytes - s.host_kv_free_bytes)}),
+  };
+}
+
 // Fields of /proc/self/stat from the third on: the second, the command's name, may hold blanks.
 std::vector<std::string> StatFields() {
   std::ifstream file("/proc/self/stat");
@@ -69,46 +123,25 @@ int64_t CountOpenFds() {
 }  // namespace
 
 std::vector<MetricFamily> SampleServer(const std::string& model, const MetricsSnapshot& s) {
-  const auto of_model = [&model](const MetricSpec& spec, int64_t value) {
-    return Family(spec, {{{{"model", model}}, static_cast<double>(value)}});
-  };
-  const auto number = [](const MetricSpec& spec, int64_t value) {
-    return Single(spec, static_cast<double>(value));
-  };
-  const double used = static_cast<double>(s.pool_blocks - s.pool_free);
+  std::vector<MetricFamily> families = SampleScheduler(model, s);
+  for (MetricFamily& family : SampleKvMemory(s)) families.push_back(std::move(family));
   std::vector<Sample> shed;
   for (const auto& [reason, count] : s.connections_shed) {
     shed.push_back({{{"reason", reason}}, static_cast<double>(count)});
   }
-  return {
-      of_model(metric::kQueueRequests, s.load.queued_requests),
-      of_model(metric::kQueueTokens, s.load.queued_tokens),
-      of_model(metric::kRunningRequests, s.load.inflight_requests - s.load.queued_requests),
-      of_model(metric::kInflightTokens, s.load.inflight_tokens),
-      of_model(metric::kQueueLimitRequests, s.max_queue_requests),
-      of_model(metric::kQueueLimitTokens, s.max_queue_tokens),
-      of_model(metric::kTicketsAcquired, s.load.acquired),
-      of_model(metric::kTicketsReleased, s.load.released),
-      Family(metric::kKvPoolBlocks, {{{{"state", "free"}}, static_cast<double>(s.pool_free)},
-                                     {{{"state", "used"}}, used}}),
-      number(metric::kKvPoolAcquired, s.pool_acquired),
-      number(metric::kKvPoolReleased, s.pool_released),
-      Single(metric::kKvCacheUtilization,
-             s.pool_blocks == 0 ? 0.0 : used / static_cast<double>(s.pool_blocks)),
-      Family(metric::kHostKvBytes,
-             {{{{"state", "free"}}, static_cast<double>(s.host_kv_free_bytes)},
-              {{{"state", "used"}}, static_cast<double>(s.host_kv_bytes - s.host_kv_free_bytes)}}),
-      of_model(metric::kKvRoomWaiting, s.load.waiting_for_room),
-      of_model(metric::kKvLeases, s.load.leases),
-      of_model(metric::kKvLeaseTokens, s.load.lease_tokens),
-      of_model(metric::kKvLeasesExpired, s.load.leases_expired),
-      number(metric::kReady, s.ready),
-      number(metric::kDraining, s.draining),
-      number(metric::kLayersDone, s.layers_done),
-      number(metric::kConnections, s.connections),
-      number(metric::kConnectionsAccepted, s.connections_accepted),
-      Family(metric::kConnectionsShed, shed),
-  };
+  for (MetricFamily family : {
+           Number(metric::kReady, s.ready),
+           Number(metric::kDraining, s.draining),
+           Number(metric::kLayersDone, s.layers_done),
+           Number(metric::kConnections, s.connections),
+           Number(metric::kConnectionsAccepted, s.connections_accepted),
+           Family(metric::kConnectionsShed, shed),
+           Number(metric::kTraceSpansExported, s.trace_spans_exported),
+           Number(metric::kTraceSpansDropped, s.trace_spans_dropped),
+       }) {
+    families.push_back(std::move(family));
+  }
+  return families;
 }
 
 std::vector<MetricFamily> SampleProcess() {

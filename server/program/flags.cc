@@ -146,8 +146,9 @@ void AddListenerOptions(CLI::App* app, ServerOptions* o) {
   OptionGroup group(app, "Listeners");
   group.Add("listen", &o->listen,
             "Address of the gRPC service, host:port; port 0 takes a free one");
-  group.Add("admin-listen", &o->admin_listen,
-            "Address of /metrics, /healthz, /readyz, /version and /drain; empty: none");
+  group.Add(
+      "admin-listen", &o->admin_listen,
+      "Address of the status page, /metrics, /healthz, /readyz, /version and /drain; empty: none");
   group.Add("port-file", &o->port_file, "File that gets the chosen ports, as JSON");
   group.Add("fetch-address", &o->fetch_address,
             "host:port under which clients reach FetchKv of this server; empty: where they called");
@@ -193,6 +194,8 @@ void AddRequestOptions(CLI::App* app, ServerOptions* o) {
                     "Requests accepted and not ended, at once");
   group.AddPositive("max-queue-tokens", &o->max_queue_tokens,
                     "Prompt tokens of these; a longer prompt is taken when it is alone");
+  group.AddDuration("priority-ageing", &o->priority_ageing,
+                    "Waiting that counts as much as one step of priority");
   group.AddDuration("default-deadline", &o->default_deadline, "For requests that bring none");
   group.AddDuration("max-deadline", &o->max_deadline, "Longer ones are cut to this");
   group.AddDuration("first-message-timeout", &o->first_message_timeout,
@@ -211,6 +214,14 @@ void AddOperationOptions(CLI::App* app, ServerOptions* o) {
                     "Time for accepted requests to finish after SIGTERM");
   group.AddDuration("stuck-after", &o->stuck_after,
                     "Not healthy when no layer finishes for this long with work at hand");
+  group.Add(
+      "otlp-endpoint", &o->otlp_endpoint,
+      "Collector that gets traces, OTLP over gRPC: host:port, or https://host:port for TLS with "
+      "the system's roots; empty: none");
+  group
+      .Add("otlp-sample-ratio", &o->otlp_sample_ratio,
+           "Share of calls that are traced, of those without a traceparent, whose flag decides")
+      ->check(CLI::Range(0.0, 1.0));
   group.AddChoice<LogFormat>("log-format", &o->log_format,
                              {{"text", LogFormat::kText}, {"json", LogFormat::kJson}},
                              "Form of the log on standard error");
@@ -242,14 +253,29 @@ void AddModelOptions(CLI::App* app, ServerOptions* o) {
       "Type of activations and of the KV cache");
   group.Add("threads", &o->backend.num_threads, "CPU threads; 0: all that the process may use")
       ->check(CLI::NonNegativeNumber);
+  group
+      .Add("fastest-products", &o->backend.fastest_products,
+           "CUDA: the fastest matrix products whatever the number of rows; results then depend in "
+           "their last bits on what runs together")
+      ->default_str("false");
   group.Add("max-prompt-tokens", &o->max_prompt_tokens, "Longest prompt; 0: the model's context")
       ->check(CLI::NonNegativeNumber);
   group.AddPositive("piece-tokens", &o->piece_tokens,
-                    "Tokens that go through the layers at once; a multiple of 128");
+                    "Tokens of a prompt that go through the layers at once; a multiple of 128");
+  group
+      .Add("batch-tokens", &o->batch_tokens,
+           "Prompts run together up to that many tokens; those that fit run between the layers of "
+           "longer ones; a multiple of 128; 0: 2048")
+      ->check(CLI::NonNegativeNumber);
   group
       .Add("kv-pool-tokens", &o->kv_pool_tokens,
-           "Tokens whose KV fits into memory at once; 0: one longest prompt")
+           "Tokens whose KV fits into memory at once, the prefix cache included; 0: one longest "
+           "prompt and four batches")
       ->check(CLI::NonNegativeNumber);
+  group
+      .Add("prefix-cache", &o->prefix_cache,
+           "Keep the KV of prompts that were computed, for others that begin alike")
+      ->default_str("true");  // CLI11 says 1
   group.AddBytes("host-kv-bytes", &o->host_kv_bytes,
                  "Host memory for KV on its way out; 0: what 8 longest prompts have, 2 GiB at most",
                  CLI::NonNegativeNumber);

@@ -61,7 +61,8 @@ nlohmann::ordered_json ToJson(const Inspection& i) {
           {"stored_weight_bytes", i.stored_weight_bytes},
           {"kv_dtype", DTypeName(i.model.geometry.dtype)},
           {"kv_bytes_per_token", plan.kv_bytes_per_token},
-          {"piece_tokens", i.model.max_rows},
+          {"piece_tokens", i.model.limits.max_rows},
+          {"batch_tokens", i.model.limits.urgent_rows},
           {"kv_pool_tokens", options.kv_pool_tokens},
           {"host_kv_bytes", options.host_kv_bytes},
           {"memory_bytes",
@@ -69,6 +70,7 @@ nlohmann::ordered_json ToJson(const Inspection& i) {
             {"kv_pool", plan.kv_pool_bytes},
             {"workspace", plan.workspace_bytes},
             {"scratch", plan.scratch_bytes},
+            {"staging", plan.staging_bytes},
             {"total", plan.total_bytes()}}}};
 }
 
@@ -88,6 +90,7 @@ void PrintText(const Inspection& i) {
       "memory, KV pool     %.1f MiB (%d tokens)\n"
       "memory, workspace   %.1f MiB (pieces of %d tokens)\n"
       "memory, scratch     %.1f MiB (attention and selection, at most)\n"
+      "memory, staging     %.1f MiB (KV that is shipped as fp8)\n"
       "memory, in all      %.1f MiB\n"
       "host memory for KV  %.1f MiB\n",
       c.architecture, c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size,
@@ -95,8 +98,9 @@ void PrintText(const Inspection& i) {
       c.max_positions, options.max_prompt_tokens, std::string(DTypeName(i.model.geometry.dtype)),
       plan.kv_bytes_per_token, MiB(plan.kv_bytes_per_token * options.max_prompt_tokens),
       MiB(plan.weight_bytes), MiB(i.stored_weight_bytes), MiB(plan.kv_pool_bytes),
-      options.kv_pool_tokens, MiB(plan.workspace_bytes), i.model.max_rows, MiB(plan.scratch_bytes),
-      MiB(plan.total_bytes()), MiB(options.host_kv_bytes));
+      options.kv_pool_tokens, MiB(plan.workspace_bytes), i.model.limits.max_rows,
+      MiB(plan.scratch_bytes), MiB(plan.staging_bytes), MiB(plan.total_bytes()),
+      MiB(options.host_kv_bytes));
 }
 
 int RunInspect(const InspectFlags& flags) {

@@ -1,5 +1,6 @@
 #include "CLI/CLI.hpp"
 #include "client/commands/bench_command.h"
+#include "client/commands/loads_command.h"
 #include "client/commands/request_command.h"
 #include "server/program/exit_code.h"
 #include "server/program/inspect_command.h"
@@ -16,6 +17,7 @@ int main(int argc, char** argv) {
   headstart::AddInspectCommand(app, set_exit_code);
   headstart::AddRequestCommand(app, set_exit_code);
   headstart::AddBenchCommand(app, set_exit_code);
+  headstart::AddLoadsCommand(app, set_exit_code);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

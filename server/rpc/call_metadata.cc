@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "absl/random/random.h"
-#include "absl/strings/ascii.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "engine/error.h"
@@ -44,11 +43,6 @@ std::string AllowedName(const grpc::ServerContextBase& call, const ServerTlsOpti
   return found == names.end() ? "" : *found;
 }
 
-bool IsLowerHex(absl::string_view text) {
-  return std::all_of(text.begin(), text.end(),
-                     [](char c) { return absl::ascii_isdigit(c) || (c >= 'a' && c <= 'f'); });
-}
-
 }  // namespace
 
 absl::Status CheckPeer(const grpc::ServerContextBase& call, const ServerTlsOptions& tls) {
@@ -75,25 +69,8 @@ absl::StatusOr<std::string> ChooseRequestId(const std::string& from_message,
   return id;
 }
 
-std::string TraceId(const grpc::ServerContextBase& call) {
+std::optional<TraceContext> TraceParent(const grpc::ServerContextBase& call) {
   return ParseTraceParent(Metadata(call, "traceparent"));
-}
-
-// version "-" trace id "-" parent id "-" flags: 00-4bf9…-00f0…-01
-std::string ParseTraceParent(const std::string& text) {
-  constexpr size_t kLength = 55, kTraceBegin = 3, kTraceLength = 32, kParentBegin = 36,
-                   kParentLength = 16, kFlagsBegin = 53;
-  if (text.size() != kLength || text.compare(0, kTraceBegin, "00-") != 0 ||
-      text[kParentBegin - 1] != '-' || text[kFlagsBegin - 1] != '-') {
-    return "";
-  }
-  const std::string trace = text.substr(kTraceBegin, kTraceLength);
-  const std::string parent = text.substr(kParentBegin, kParentLength);
-  const bool good = IsLowerHex(trace) && IsLowerHex(parent) &&
-                    IsLowerHex(text.substr(kFlagsBegin)) &&
-                    trace.find_first_not_of('0') != std::string::npos &&
-                    parent.find_first_not_of('0') != std::string::npos;
-  return good ? trace : "";
 }
 
 absl::Time EffectiveDeadline(const grpc::ServerContextBase& call, const ServerOptions& options) {

@@ -3,11 +3,13 @@
 
 #include <grpcpp/server_context.h>
 
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "server/ops/trace_context.h"
 #include "server/options.h"
 
 namespace headstart {
@@ -25,9 +27,8 @@ std::string PeerName(const grpc::ServerContextBase& call, const ServerTlsOptions
 absl::StatusOr<std::string> ChooseRequestId(const std::string& from_message,
                                             const grpc::ServerContextBase& call);
 
-// The trace id of the call's W3C traceparent: 32 hex digits, or empty without a valid one.
-std::string TraceId(const grpc::ServerContextBase& call);
-std::string ParseTraceParent(const std::string& traceparent);
+// The call's W3C traceparent, if it is valid.
+std::optional<TraceContext> TraceParent(const grpc::ServerContextBase& call);
 
 // The client's deadline, or the default one; no later than the longest that the server allows.
 absl::Time EffectiveDeadline(const grpc::ServerContextBase& call, const ServerOptions& options);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "absl/strings/escaping.h"
 #include "engine/error.h"
 #include "server/ops/logging.h"
 
@@ -23,28 +24,32 @@ LogLevel LevelOf(const absl::Status& status) {
 void LogComputed(const CallRecord& r) {
   const PrefillResult& result = *r.sent.result;
   const TimeShares shares = ShareTime(result, r.ended_at);
-  const double density = result.causal_blocks == 0 ? 1.0
-                                                   : static_cast<double>(result.executed_blocks) /
-                                                         static_cast<double>(result.causal_blocks);
   Log(LogLevel::kInfo, "prefill",
       {{"request_id", r.request_id},
        {"code", "OK"},
        {"peer", r.peer},
-       {"trace_id", r.trace_id},
+       {"trace_id", absl::BytesToHexString(r.trace.span.trace_id)},
        {"tokens", r.num_tokens},
        {"detached", r.detached},
-       {"density", density},
+       {"density", DensityOf(result)},
        {"total_ms", Milliseconds(r.total())},
        {"queue_ms", Milliseconds(shares.queue)},
        {"selection_ms", Milliseconds(shares.selection)},
        {"attention_ms", Milliseconds(shares.attention)},
        {"other_compute_ms", Milliseconds(shares.other_compute)},
        {"exposed_transfer_ms", Milliseconds(shares.exposed_transfer)},
+       {"gave_way_ms", Milliseconds(shares.gave_way)},
+       {"cached_tokens", result.cached_tokens},
        {"chunks", r.sent.chunks},
        {"kv_bytes", r.sent.kv_bytes}});
 }
 
 }  // namespace
+
+double DensityOf(const PrefillResult& result) {
+  if (result.causal_blocks == 0) return 1.0;
+  return static_cast<double>(result.executed_blocks) / static_cast<double>(result.causal_blocks);
+}
 
 TimeShares ShareTime(const PrefillResult& result, absl::Time now) {
   const absl::Duration total = now - result.accepted_at;
@@ -56,7 +61,9 @@ TimeShares ShareTime(const PrefillResult& result, absl::Time now) {
       std::min(absl::Seconds(result.compute_seconds), total - shares.queue);
   shares.other_compute =
       std::max(compute - shares.selection - shares.attention, absl::ZeroDuration());
-  shares.exposed_transfer = total - shares.queue - shares.compute();
+  shares.gave_way = std::clamp(absl::Seconds(result.gave_way_seconds), absl::ZeroDuration(),
+                               total - shares.queue - shares.compute());
+  shares.exposed_transfer = total - shares.queue - shares.compute() - shares.gave_way;
   return shares;
 }
 
@@ -73,7 +80,7 @@ void LogCall(const CallRecord& r, const absl::Status& status) {
        {"reason", ErrorReasonName(ReasonOf(status))},
        {"message", status.message()},
        {"peer", r.peer},
-       {"trace_id", r.trace_id},
+       {"trace_id", absl::BytesToHexString(r.trace.span.trace_id)},
        {"accepted", r.accepted},
        {"tokens", r.num_tokens},
        {"total_ms", r.accepted ? Milliseconds(r.total()) : 0.0},
@@ -87,7 +94,7 @@ void LogFetch(const FetchRecord& r, const absl::Status& status) {
        {"reason", ErrorReasonName(ReasonOf(status))},
        {"message", status.message()},
        {"peer", r.peer},
-       {"trace_id", r.trace_id},
+       {"trace_id", absl::BytesToHexString(r.trace.span.trace_id)},
        {"opened", r.opened},
        {"stripe", r.part.stripe_index},
        {"stripes", r.part.stripe_count},

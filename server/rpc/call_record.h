@@ -10,6 +10,7 @@
 #include "absl/time/time.h"
 #include "engine/request.h"
 #include "engine/ship/kv_part.h"
+#include "server/ops/trace_context.h"
 
 namespace headstart {
 
@@ -28,7 +29,9 @@ struct SendRecord {
 // One Prefill call.
 struct CallRecord {
   std::string peer;
-  std::string trace_id;    // of traceparent; empty without one
+  CallTrace trace;
+  absl::Time came_at = absl::InfinitePast();
+  absl::Time ended_at = absl::InfinitePast();
   std::string request_id;  // empty until one was found good
   bool unknown_model = false;
   bool accepted = false;
@@ -39,7 +42,6 @@ struct CallRecord {
   // From here on for what was accepted.
   absl::Time accepted_at = absl::InfinitePast();
   std::optional<absl::Duration> queue;  // until compute began, if it did
-  absl::Time ended_at = absl::InfinitePast();
   SendRecord sent;
 
   absl::Duration total() const { return ended_at - accepted_at; }
@@ -48,7 +50,9 @@ struct CallRecord {
 // One FetchKv call.
 struct FetchRecord {
   std::string peer;
-  std::string trace_id;
+  CallTrace trace;
+  absl::Time came_at = absl::InfinitePast();
+  absl::Time ended_at = absl::InfinitePast();
   bool opened = false;  // the KV is there; from here on for what was opened
   absl::Time opened_at = absl::InfinitePast();
   KvPart part;
@@ -63,10 +67,14 @@ struct TimeShares {
   absl::Duration selection;
   absl::Duration attention;
   absl::Duration other_compute;
-  absl::Duration exposed_transfer;  // what is neither queue nor compute
+  absl::Duration gave_way;          // between begin and end of compute: others ran
+  absl::Duration exposed_transfer;  // what is none of these
 
   absl::Duration compute() const { return selection + attention + other_compute; }
 };
+
+// Executed share of the causal attention blocks; 1 where there are none.
+double DensityOf(const PrefillResult& result);
 
 TimeShares ShareTime(const PrefillResult& result, absl::Time now);
 

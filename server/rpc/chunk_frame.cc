@@ -36,6 +36,7 @@ uint32_t ExtendInverted(uint32_t crc, absl::Span<const std::byte> bytes) {
 
 // Adds a run, to the last one if it goes on there.
 void Append(ByteRun run, std::vector<ByteRun>& runs) {
+  if (run.empty()) return;
   if (!runs.empty() && runs.back().data() + runs.back().size() == run.data()) {
     runs.back() = ByteRun(runs.back().data(), runs.back().size() + run.size());
   } else {
@@ -63,14 +64,22 @@ std::vector<ByteRun> ChunkRuns(const std::byte* memory, const TokenRange& tokens
   const int64_t row_bytes = int64_t{geometry.heads.head_dim} * DTypeBytes(geometry.dtype);
   const int64_t head_bytes = kBlockTokens * row_bytes;
   const int64_t plane_bytes = geometry.heads.num_kv_heads * head_bytes;
-  const int64_t end = tokens.begin + tokens.count;
+  const int64_t scales_of_head = geometry.scale_bytes() / (int64_t{2} * geometry.heads.num_kv_heads);
+  const int64_t scales_of_plane = geometry.scale_bytes() / 2;
+  const int64_t end = tokens.end();
   std::vector<ByteRun> runs;
   const std::byte* page = memory;
-  for (int64_t first = tokens.begin / kBlockTokens * kBlockTokens; first < end;
-       first += kBlockTokens, page += 2 * plane_bytes) {
+  for (int64_t first = tokens.first_page() * kBlockTokens; first < end;
+       first += kBlockTokens, page += geometry.page_bytes()) {
     const int64_t row = std::max(tokens.begin, first) - first;
     const int64_t num_rows = std::min(end, first + kBlockTokens) - first - row;
-    for (const std::byte* plane : {page, page + plane_bytes}) {  // K, V
+    for (const std::byte* scales : {page, page + scales_of_plane}) {  // K, V
+      Append({scales + part.head_begin * scales_of_head,
+              static_cast<size_t>(part.head_count * scales_of_head)},
+             runs);
+    }
+    const std::byte* const keys = page + geometry.scale_bytes();
+    for (const std::byte* plane : {keys, keys + plane_bytes}) {
       for (int32_t head = part.head_begin; head < part.head_begin + part.head_count; ++head) {
         Append({plane + head * head_bytes + row * row_bytes,
                 static_cast<size_t>(num_rows * row_bytes)},

@@ -32,7 +32,7 @@ using ByteRun = absl::Span<const std::byte>;
 
 // The part's heads of tokens `tokens`, whose pages lie at `memory` (see KvChunk), in the order of
 // KvChunk.data and in as few runs as possible: one for whole pages with all heads, two a page for a
-// range of heads, two a head for a page that is cut.
+// range of heads, two a head for a page that is cut; and scales, where they are not neighbours.
 std::vector<ByteRun> ChunkRuns(const std::byte* memory, const TokenRange& tokens,
                                const KvPart& part, const KvGeometry& geometry);
 

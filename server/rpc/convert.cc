@@ -11,6 +11,8 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "engine/error.h"
 #include "kernels/base/status_macros.h"
 #include "server/rpc/describe.h"
@@ -20,6 +22,7 @@ namespace {
 
 constexpr size_t kMaxRequestIdBytes = 128;
 constexpr size_t kMaxTransferParamsBytes = 4096;
+constexpr size_t kMaxSaltBytes = 64;
 constexpr size_t kMaxQuotedBytes = 128;
 
 // Text from a client, safe to print and cut to a sane length.
@@ -105,17 +108,47 @@ absl::StatusOr<AttentionRequest> FromProto(const v1::AttentionOptions& in) {
   return out;
 }
 
-absl::Status CheckKvDtype(v1::KvDtype requested, DType served) {
-  if (requested == v1::KV_DTYPE_UNSPECIFIED || requested == ToKvDtype(served)) {
+// None: as it is computed. Whether the engine offers it is for Engine::Validate.
+absl::StatusOr<std::optional<DType>> FromProto(v1::KvDtype dtype) {
+  switch (dtype) {
+    case v1::KV_DTYPE_UNSPECIFIED:
+      return std::nullopt;
+    case v1::KV_DTYPE_BF16:
+      return DType::kBF16;
+    case v1::KV_DTYPE_F16:
+      return DType::kF16;
+    case v1::KV_DTYPE_F32:
+      return DType::kF32;
+    case v1::KV_DTYPE_FP8_E4M3:
+      return DType::kF8E4M3;
+    default:
+      return InvalidField(absl::StrCat("kv_dtype=", static_cast<int>(dtype), " is not a dtype"));
+  }
+}
+
+// Which pages the prompt may be found in. Those of dense prompts stand for any prompt's start, if
+// the client wants that; else those that were made as this prompt's own will be.
+absl::Status FillPrefix(const v1::PrefillRequest& in, const ServedModel& model,
+                        PrefillRequest* out) {
+  if (!v1::PrefixReuse_IsValid(in.prefix_reuse())) {
+    return InvalidField(absl::StrCat("prefix_reuse=", static_cast<int>(in.prefix_reuse()),
+                                     " is not a way to reuse prefixes"));
+  }
+  if (in.cache_salt().size() > kMaxSaltBytes) {
+    return InvalidField(
+        absl::StrCat("cache_salt has ", in.cache_salt().size(), " bytes, limit ", kMaxSaltBytes));
+  }
+  out->prefix.held_pages = in.held_pages();
+  if (!model.options->prefix_cache || in.prefix_reuse() == v1::PREFIX_REUSE_NONE) {
     return absl::OkStatus();
   }
-  if (!v1::KvDtype_IsValid(requested)) {
-    return InvalidField(absl::StrCat("kv_dtype=", static_cast<int>(requested), " is not a dtype"));
-  }
-  return MakeError(
-      absl::StatusCode::kFailedPrecondition, ErrorReason::kKvDtypeUnavailable,
-      absl::StrCat("kv_dtype=", v1::KvDtype_Name(requested),
-                   " is not offered, this server's KV is ", v1::KvDtype_Name(ToKvDtype(served))));
+  const bool runs_dense = !out->attention.enabled || IsBelowDenseLimit(*out);
+  const bool finds_dense = runs_dense || in.prefix_reuse() == v1::PREFIX_REUSE_DENSE;
+  out->prefix.cache_root =
+      ToCacheRoot(in.cache_salt(), finds_dense ? nullptr : out, model).SerializeAsString();
+  out->prefix.keeps_pages = finds_dense == runs_dense;
+  out->prefix.any_page = finds_dense;
+  return absl::OkStatus();
 }
 
 absl::Status FillTokens(const v1::PrefillRequest& request, int32_t vocab_size,
@@ -142,14 +175,17 @@ absl::Status FillSampling(const v1::SamplingOptions& in, SamplingOptions* out) {
   return absl::OkStatus();
 }
 
+absl::StatusOr<absl::Duration> FromProto(absl::string_view field,
+                                         const google::protobuf::Duration& in) {
+  const absl::Duration out = absl::Seconds(in.seconds()) + absl::Nanoseconds(in.nanos());
+  if (out > absl::ZeroDuration()) return out;
+  return InvalidField(absl::StrCat(field, "=", absl::FormatDuration(out), " is no time"));
+}
+
 absl::StatusOr<DetachedKv> FromProto(const v1::DetachedKv& in, const KvGeometry& geometry) {
   DetachedKv out;
   if (in.has_lease()) {
-    out.lease = absl::Seconds(in.lease().seconds()) + absl::Nanoseconds(in.lease().nanos());
-    if (out.lease <= absl::ZeroDuration()) {
-      return InvalidField(
-          absl::StrCat("detached.lease=", absl::FormatDuration(out.lease), " is no time"));
-    }
+    HEADSTART_ASSIGN_OR_RETURN(out.lease, FromProto("detached.lease", in.lease()));
   }
   for (int i = 0; i < in.readers_size(); ++i) {
     HEADSTART_ASSIGN_OR_RETURN(const KvPart part, ToPart(absl::StrCat("detached.readers[", i, "]."),
@@ -190,7 +226,7 @@ absl::StatusOr<PrefillRequest> ToRequest(const v1::PrefillRequest& request,
                                          const ServedModel& model) {
   const Engine& engine = *model.engine;
   PrefillRequest out;
-  HEADSTART_RETURN_IF_ERROR(CheckKvDtype(request.kv_dtype(), engine.geometry().dtype));
+  HEADSTART_ASSIGN_OR_RETURN(out.kv_dtype, FromProto(request.kv_dtype()));
   if (request.transfer_params().size() > kMaxTransferParamsBytes) {
     return InvalidField(absl::StrCat("transfer_params has ", request.transfer_params().size(),
                                      " bytes, limit ", kMaxTransferParamsBytes));
@@ -203,13 +239,39 @@ absl::StatusOr<PrefillRequest> ToRequest(const v1::PrefillRequest& request,
       ResolveAttention(wanted, model.options->attention, engine.config().heads));
   out.preset = attention.preset;
   out.attention = std::move(attention.options);
+  out.priority = request.priority();
   out.skip_tokens = request.skip_tokens();
+  HEADSTART_RETURN_IF_ERROR(FillPrefix(request, model, &out));
   if (request.has_detached()) {
     HEADSTART_ASSIGN_OR_RETURN(out.detached, FromProto(request.detached(), engine.geometry()));
   }
   HEADSTART_RETURN_IF_ERROR(engine.Validate(out));
+  engine.NamePages(out);
   out.manifest = ToManifest(out, model).SerializeAsString();
   return out;
+}
+
+absl::StatusOr<PrefillRequest> ToRequest(const v1::EstimateRequest& request,
+                                         const ServedModel& model) {
+  const v1::PrefillRequest& prefill = request.request();
+  if (prefill.token_ids_size() > 0 || request.num_tokens() == 0) return ToRequest(prefill, model);
+  const int64_t limit = model.engine->config().max_positions;
+  if (request.num_tokens() > limit) {
+    return InvalidField(absl::StrCat("num_tokens=", request.num_tokens(), ", limit ", limit));
+  }
+  v1::PrefillRequest any = prefill;
+  any.mutable_token_ids()->Resize(static_cast<int>(request.num_tokens()), 0);
+  any.set_prefix_reuse(v1::PREFIX_REUSE_NONE);
+  return ToRequest(any, model);
+}
+
+absl::StatusOr<absl::Time> DeadlineOf(const v1::EstimateRequest& request,
+                                      const ServerOptions& options) {
+  absl::Duration left = options.default_deadline;
+  if (request.has_deadline()) {
+    HEADSTART_ASSIGN_OR_RETURN(left, FromProto("deadline", request.deadline()));
+  }
+  return absl::Now() + std::min(left, options.max_deadline);
 }
 
 absl::StatusOr<KvPart> ToPart(absl::string_view path, const v1::KvPart& part,

@@ -35,6 +35,15 @@ absl::StatusOr<PrefillRequest> ToRequest(const v1::PrefillRequest& request,
 absl::StatusOr<KvPart> ToPart(absl::string_view path, const v1::KvPart& part,
                               const KvGeometry& geometry);
 
+// As ToRequest, of a request that is not to be run. Where only num_tokens is known, for as many
+// tokens of any kind, which hit no prefix.
+absl::StatusOr<PrefillRequest> ToRequest(const v1::EstimateRequest& request,
+                                         const ServedModel& model);
+
+// When the prompt would have to be done. INVALID_ARGUMENT: no time.
+absl::StatusOr<absl::Time> DeadlineOf(const v1::EstimateRequest& request,
+                                      const ServerOptions& options);
+
 // ProxyAttn was asked for, and the whole prompt runs dense because it is short.
 bool IsBelowDenseLimit(const PrefillRequest& request);
 

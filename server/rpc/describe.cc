@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/error.h"
 #include "server/rpc/call_record.h"
 #include "server/rpc/convert.h"
 #include "server/version.h"
@@ -69,13 +70,13 @@ v1::AttentionProvenance ToProvenance(const PrefillRequest& request) {
   return out;
 }
 
-v1::KvLayout ToLayout(const Engine& engine) {
+v1::KvLayout ToLayout(const Engine& engine, DType dtype) {
   const ModelConfig& config = engine.config();
   v1::KvLayout out;
   out.set_num_layers(config.num_layers);
   out.set_num_kv_heads(config.heads.num_kv_heads);
   out.set_head_dim(config.heads.head_dim);
-  out.set_dtype(ToKvDtype(engine.geometry().dtype));
+  out.set_dtype(ToKvDtype(dtype));
   out.set_block_tokens(kBlockTokens);
   out.mutable_rope()->set_theta(config.rope.theta);
   out.mutable_rope()->set_type(std::string(RopeTypeName(config.rope.type)));
@@ -91,6 +92,15 @@ std::string TokenHash(const std::vector<int32_t>& token_ids) {
   return hash;
 }
 
+void FillPrefix(const PrefillResult& result, v1::KvManifest* out) {
+  out->set_page_hashes(result.page_hashes);
+  out->set_cached_tokens(static_cast<uint32_t>(result.cached_tokens));
+  if (result.cached_tokens == 0) return;
+  out->set_cached_algorithm(out->cache_root().has_attention()
+                                ? v1::AttentionProvenance::ALGORITHM_PROXY_ATTN
+                                : v1::AttentionProvenance::ALGORITHM_DENSE);
+}
+
 void FillTimes(const PrefillResult& result, absl::Time now, v1::PrefillStatistics* out) {
   const TimeShares shares = ShareTime(result, now);
   SetDuration(shares.queue, out->mutable_queue());
@@ -98,7 +108,11 @@ void FillTimes(const PrefillResult& result, absl::Time now, v1::PrefillStatistic
   SetDuration(shares.attention, out->mutable_attention());
   SetDuration(shares.other_compute, out->mutable_other_compute());
   SetDuration(shares.exposed_transfer, out->mutable_exposed_transfer());
+  SetDuration(shares.gave_way, out->mutable_gave_way());
   SetDuration(now - result.accepted_at, out->mutable_total());
+  if (result.predicted_ttft.has_value()) {
+    SetDuration(*result.predicted_ttft, out->mutable_predicted());
+  }
 }
 
 }  // namespace
@@ -111,10 +125,76 @@ v1::KvDtype ToKvDtype(DType dtype) {
       return v1::KV_DTYPE_F16;
     case DType::kF32:
       return v1::KV_DTYPE_F32;
+    case DType::kF8E4M3:
+      return v1::KV_DTYPE_FP8_E4M3;
     case DType::kI32:
       break;
   }
   return v1::KV_DTYPE_UNSPECIFIED;
+}
+
+v1::CacheRoot ToCacheRoot(const std::string& salt, const PrefillRequest* request,
+                          const ServedModel& model) {
+  v1::CacheRoot out;
+  out.set_salt(salt);
+  if (request == nullptr) return out;
+  *out.mutable_attention() = ToProto(ResolvedAttention{request->preset, request->attention});
+  out.mutable_attention()->clear_preset();
+  out.set_piece_tokens(static_cast<uint32_t>(model.engine->options().piece_tokens));
+  out.set_dense_above_density(request->attention.dense_above_density);
+  for (const int32_t layer : request->attention.dense_layers) {
+    out.add_dense_layers(static_cast<uint32_t>(layer));
+  }
+  return out;
+}
+
+v1::EstimateResponse ToEstimate(const Estimate& estimate) {
+  v1::EstimateResponse out;
+  if (estimate.queue.has_value()) {
+    SetDuration(*estimate.ttft(), out.mutable_predicted_ttft());
+    SetDuration(*estimate.queue, out.mutable_predicted_queue());
+    SetDuration(*estimate.compute, out.mutable_predicted_compute());
+  }
+  out.set_cached_tokens(static_cast<uint32_t>(estimate.cached_tokens));
+  out.set_queue_requests(static_cast<uint32_t>(estimate.requests_ahead));
+  out.set_queue_tokens(static_cast<uint64_t>(estimate.tokens_ahead));
+  if (estimate.refusal.ok()) return out;
+  out.set_refusal(static_cast<v1::ErrorReason>(ReasonOf(estimate.refusal)));
+  if (const std::optional<absl::Duration> retry = RetryAfter(estimate.refusal)) {
+    SetDuration(*retry, out.mutable_retry_after());
+  }
+  return out;
+}
+
+v1::GetLoadsResponse ToLoads(const ServedModel& model) {
+  const Engine& engine = *model.engine;
+  const SchedulerLoad load = engine.load();
+  const PagePool& pages = engine.page_pool();
+  const HostPages& host = engine.host_pages();
+  v1::GetLoadsResponse out;
+  out.set_model(model.name);
+  out.set_accepting(engine.CheckOpen().ok());
+  out.set_queued_requests(static_cast<uint32_t>(load.queued_requests));
+  out.set_queued_tokens(static_cast<uint64_t>(load.queued_tokens));
+  out.set_inflight_requests(static_cast<uint32_t>(load.inflight_requests));
+  out.set_inflight_tokens(static_cast<uint64_t>(load.inflight_tokens));
+  out.set_max_requests(static_cast<uint32_t>(model.options->max_queue_requests));
+  out.set_max_tokens(static_cast<uint64_t>(model.options->max_queue_tokens));
+  if (const std::optional<absl::Duration> drain = engine.PredictDrain()) {
+    SetDuration(*drain, out.mutable_predicted_drain());
+  }
+  out.set_tokens_per_second(engine.TokensPerSecond().value_or(0));
+  out.set_kv_pool_tokens(static_cast<uint64_t>(pages.num_pages() * kBlockTokens));
+  out.set_kv_pool_used_tokens(
+      static_cast<uint64_t>((pages.num_pages() - pages.free_pages()) * kBlockTokens));
+  out.set_kv_pool_cached_tokens(static_cast<uint64_t>(pages.cached_pages() * kBlockTokens));
+  out.set_host_kv_bytes(static_cast<uint64_t>(host.num_chunks() * host.chunk_bytes()));
+  out.set_host_kv_used_bytes(
+      static_cast<uint64_t>((host.num_chunks() - host.free_chunks()) * host.chunk_bytes()));
+  out.set_leases(static_cast<uint32_t>(load.leases));
+  out.set_prompt_tokens_total(static_cast<uint64_t>(load.prompt_tokens));
+  out.set_cached_tokens_total(static_cast<uint64_t>(load.cached_tokens));
+  return out;
 }
 
 v1::KvManifest ToManifest(const PrefillRequest& request, const ServedModel& model) {
@@ -123,8 +203,13 @@ v1::KvManifest ToManifest(const PrefillRequest& request, const ServedModel& mode
   out.set_model_hash(model.engine->model_hash());
   out.set_token_hash(TokenHash(request.token_ids));
   out.set_num_tokens(static_cast<uint32_t>(request.num_tokens()));
-  *out.mutable_layout() = ToLayout(*model.engine);
+  *out.mutable_layout() =
+      ToLayout(*model.engine, request.kv_dtype.value_or(model.engine->geometry().dtype));
   *out.mutable_attention() = ToProvenance(request);
+  out.set_skip_tokens(static_cast<uint32_t>(request.skip_tokens));
+  if (request.prefix.cache_root.has_value()) {
+    out.mutable_cache_root()->ParseFromString(*request.prefix.cache_root);
+  }
   return out;
 }
 
@@ -136,6 +221,7 @@ v1::Completed ToCompleted(const v1::KvManifest& manifest, const PrefillResult& r
   *out.mutable_manifest() = manifest;
   out.mutable_manifest()->mutable_layer_density()->Assign(result.layer_density.begin(),
                                                           result.layer_density.end());
+  FillPrefix(result, out.mutable_manifest());
   v1::PrefillStatistics* statistics = out.mutable_statistics();
   FillTimes(result, now, statistics);
   statistics->set_executed_blocks(static_cast<uint64_t>(result.executed_blocks));
@@ -155,7 +241,7 @@ v1::GetModelInfoResponse ToModelInfo(const ServedModel& model) {
   out.set_max_prompt_tokens(static_cast<uint32_t>(engine.options().max_prompt_tokens));
   out.set_num_heads(config.heads.num_heads);
   out.set_hidden_size(config.hidden_size);
-  *out.mutable_kv_layout() = ToLayout(engine);
+  *out.mutable_kv_layout() = ToLayout(engine, engine.geometry().dtype);
   out.set_kv_bytes_per_token(config.KvBytesPerToken(engine.geometry().dtype));
   return out;
 }
@@ -171,6 +257,8 @@ v1::GetServerInfoResponse ToServerInfo(const ServedModel& model, bool draining) 
   out.set_max_queue_requests(static_cast<uint32_t>(options.max_queue_requests));
   out.set_max_queue_tokens(options.max_queue_tokens);
   out.set_piece_tokens(static_cast<uint32_t>(engine.options().piece_tokens));
+  out.set_batch_tokens(static_cast<uint32_t>(engine.options().batch_tokens));
+  out.set_prefix_cache(options.prefix_cache);
   SetDuration(options.default_deadline, out.mutable_default_deadline());
   SetDuration(options.max_deadline, out.mutable_max_deadline());
   SetDuration(options.write_stall_timeout, out.mutable_write_stall_timeout());
@@ -179,6 +267,7 @@ v1::GetServerInfoResponse ToServerInfo(const ServedModel& model, bool draining) 
   out.set_host_kv_bytes(static_cast<uint64_t>(engine.options().host_kv_bytes));
   SetDuration(options.default_lease, out.mutable_default_lease());
   SetDuration(options.max_lease, out.mutable_max_lease());
+  for (const DType dtype : engine.kv_dtypes()) out.add_kv_dtypes(ToKvDtype(dtype));
   return out;
 }
 

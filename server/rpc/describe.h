@@ -14,6 +14,13 @@ namespace headstart {
 v1::KvDtype ToKvDtype(DType dtype);
 
 // The manifest before compute: all but layer_density.
+// What the names of pages start from: those of `request`'s attention; null: dense.
+v1::CacheRoot ToCacheRoot(const std::string& salt, const PrefillRequest* request,
+                          const ServedModel& model);
+
+v1::EstimateResponse ToEstimate(const Estimate& estimate);
+v1::GetLoadsResponse ToLoads(const ServedModel& model);
+
 v1::KvManifest ToManifest(const PrefillRequest& request, const ServedModel& model);
 
 // First token, manifest with densities, and statistics as of `now`. Number of chunks and bytes are

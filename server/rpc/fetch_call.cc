@@ -20,7 +20,8 @@ absl::Status WrongMessage(absl::string_view message) {
 FetchCall::FetchCall(ServiceContext* service, grpc::CallbackServerContext* call)
     : KvCall(service, call) {
   record_.peer = call->peer();
-  record_.trace_id = TraceId(*call);
+  record_.came_at = absl::Now();
+  record_.trace = service->tracer->Begin(TraceParent(*call));
 }
 
 absl::Status FetchCall::Begin(const grpc::ByteBuffer& message) {
@@ -33,6 +34,7 @@ absl::Status FetchCall::Begin(const grpc::ByteBuffer& message) {
       record_.part, ToPart("fetch.part.", request.fetch().part(), model->engine->geometry()));
   record_.from_chunk = request.fetch().from_chunk();
   fetch_id_ = request.fetch().fetch_id();
+  service().tracer->Join(fetch_id_, &record_.trace);
   owner_ = PeerName(context(), service().options->tls);
   HEADSTART_ASSIGN_OR_RETURN(
       auto reader, model->engine->Fetch(fetch_id_, owner_, record_.part, record_.from_chunk));
@@ -57,7 +59,9 @@ absl::Status FetchCall::OnMessage(const grpc::ByteBuffer& message) {
 
 void FetchCall::Settle(const absl::Status& status) {
   record_.sent = sender().record();
+  record_.ended_at = absl::Now();
   service().metrics->RecordFetch(record_, status);
+  service().tracer->End(record_, status);
   LogFetch(record_, status);
 }
 

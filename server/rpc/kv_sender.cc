@@ -99,7 +99,7 @@ void KvSender::Pull() {
     call_.OnComputeStart();
     Send(MakeManifest());
   } else if (const auto* chunk = std::get_if<ShipmentReader::Chunk>(&event)) {
-    Push(ChunkMessage(*chunk, part_, service_.model.load()->engine->geometry()));
+    Push(ChunkMessage(*chunk, part_, reader_->geometry()));
   } else if (auto& end = std::get<ShipmentReader::Ended>(event); end.status.ok()) {
     record_.result = std::move(end.result);
     Push({SerializeMessage(MakeCompletion(*record_.result))}, /*is_last=*/true);

@@ -14,7 +14,8 @@ namespace headstart {
 PrefillCall::PrefillCall(ServiceContext* service, grpc::CallbackServerContext* call)
     : KvCall(service, call) {
   record_.peer = call->peer();
-  record_.trace_id = TraceId(*call);
+  record_.came_at = absl::Now();
+  record_.trace = service->tracer->Begin(TraceParent(*call));
 }
 
 absl::Status PrefillCall::Begin(const grpc::ByteBuffer& message) {
@@ -34,6 +35,7 @@ absl::Status PrefillCall::Begin(const grpc::ByteBuffer& message) {
   key_ = submission.key;
   record_.accepted = true;
   record_.accepted_at = absl::Now();
+  if (record_.detached) service().tracer->NoteFetchId(submission.fetch_id, record_.trace);
   SendAccepted(parsed, submission);
   sender().Ship(std::move(submission.reader), WholeKv(engine_->geometry()));
   return absl::OkStatus();
@@ -53,8 +55,13 @@ void PrefillCall::SendAccepted(const v1::PrefillRequest& request, const Submissi
   v1::PrefillResponse response;
   v1::Accepted* accepted = response.mutable_accepted();
   accepted->set_request_id(record_.request_id);
-  accepted->set_queue_requests(static_cast<uint32_t>(submission.requests_ahead));
-  accepted->set_queue_tokens(static_cast<uint64_t>(submission.tokens_ahead));
+  const Estimate& estimate = submission.estimate;
+  accepted->set_queue_requests(static_cast<uint32_t>(estimate.requests_ahead));
+  accepted->set_queue_tokens(static_cast<uint64_t>(estimate.tokens_ahead));
+  accepted->set_cached_tokens(static_cast<uint32_t>(estimate.cached_tokens));
+  if (const std::optional<absl::Duration> ttft = estimate.ttft()) {
+    SetDuration(*ttft, accepted->mutable_predicted_ttft());
+  }
   accepted->set_transfer_params(request.transfer_params());
   if (record_.detached) {
     accepted->set_fetch_id(submission.fetch_id);
@@ -78,6 +85,8 @@ void PrefillCall::Settle(const absl::Status& status) {
     engine_->End(key_, status.ok() ? absl::CancelledError("all of it was sent") : status);
   }
   service().metrics->RecordCall(record_, status);
+  service().recent_prompts->Add(record_, status);
+  service().tracer->End(record_, status);
   LogCall(record_, status);
 }
 

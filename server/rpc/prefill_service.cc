@@ -64,6 +64,18 @@ grpc::ServerUnaryReactor* PrefillService::GetServerInfo(grpc::CallbackServerCont
   return Answer(call, DescribeServer(*call, *request, response));
 }
 
+grpc::ServerUnaryReactor* PrefillService::Estimate(grpc::CallbackServerContext* call,
+                                                   const grpc::ByteBuffer* request,
+                                                   grpc::ByteBuffer* response) {
+  return Answer(call, Foresee(*call, *request, response));
+}
+
+grpc::ServerUnaryReactor* PrefillService::GetLoads(grpc::CallbackServerContext* call,
+                                                   const grpc::ByteBuffer* request,
+                                                   grpc::ByteBuffer* response) {
+  return Answer(call, DescribeLoads(*call, *request, response));
+}
+
 absl::Status PrefillService::Renew(const grpc::CallbackServerContext& call,
                                    const grpc::ByteBuffer& request,
                                    grpc::ByteBuffer* response) const {
@@ -114,6 +126,31 @@ absl::Status PrefillService::DescribeServer(const grpc::CallbackServerContext& c
   HEADSTART_ASSIGN_OR_RETURN(const ServedModel* model, LoadedModel(context_));
   const bool draining = context_.lifecycle->phase() == Lifecycle::Phase::kDraining;
   *response = SerializeMessage(ToServerInfo(*model, draining));
+  return absl::OkStatus();
+}
+
+absl::Status PrefillService::Foresee(const grpc::CallbackServerContext& call,
+                                     const grpc::ByteBuffer& request,
+                                     grpc::ByteBuffer* response) const {
+  v1::EstimateRequest parsed;
+  HEADSTART_RETURN_IF_ERROR(CheckPeer(call, context_.options->tls));
+  HEADSTART_RETURN_IF_ERROR(ParseMessage(request, &parsed));
+  HEADSTART_RETURN_IF_ERROR(CheckModelName(parsed.request().model(), context_.model_name));
+  HEADSTART_ASSIGN_OR_RETURN(const ServedModel* model, LoadedModel(context_));
+  HEADSTART_ASSIGN_OR_RETURN(PrefillRequest prefill, ToRequest(parsed, *model));
+  HEADSTART_ASSIGN_OR_RETURN(prefill.deadline, DeadlineOf(parsed, *context_.options));
+  *response = SerializeMessage(ToEstimate(model->engine->Estimate(prefill)));
+  return absl::OkStatus();
+}
+
+absl::Status PrefillService::DescribeLoads(const grpc::CallbackServerContext& call,
+                                           const grpc::ByteBuffer& request,
+                                           grpc::ByteBuffer* response) const {
+  v1::GetLoadsRequest parsed;
+  HEADSTART_RETURN_IF_ERROR(CheckPeer(call, context_.options->tls));
+  HEADSTART_RETURN_IF_ERROR(ParseMessage(request, &parsed));
+  HEADSTART_ASSIGN_OR_RETURN(const ServedModel* model, LoadedModel(context_));
+  *response = SerializeMessage(ToLoads(*model));
   return absl::OkStatus();
 }
 

@@ -14,7 +14,9 @@ class PrefillService final
               v1::PrefillService::WithRawCallbackMethod_ReleaseKv<
                   v1::PrefillService::WithRawCallbackMethod_GetModelInfo<
                       v1::PrefillService::WithRawCallbackMethod_GetServerInfo<
-                          v1::PrefillService::Service>>>>> {
+                          v1::PrefillService::WithRawCallbackMethod_Estimate<
+                              v1::PrefillService::WithRawCallbackMethod_GetLoads<
+                                  v1::PrefillService::Service>>>>>>> {
  public:
   // `context` outlives the service.
   explicit PrefillService(ServiceContext* context);
@@ -33,6 +35,12 @@ class PrefillService final
   grpc::ServerUnaryReactor* GetServerInfo(grpc::CallbackServerContext* call,
                                           const grpc::ByteBuffer* request,
                                           grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* Estimate(grpc::CallbackServerContext* call,
+                                     const grpc::ByteBuffer* request,
+                                     grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* GetLoads(grpc::CallbackServerContext* call,
+                                     const grpc::ByteBuffer* request,
+                                     grpc::ByteBuffer* response) override;
 
  private:
   absl::Status Renew(const grpc::CallbackServerContext& call, const grpc::ByteBuffer& request,
@@ -43,6 +51,10 @@ class PrefillService final
                              const grpc::ByteBuffer& request, grpc::ByteBuffer* response) const;
   absl::Status DescribeServer(const grpc::CallbackServerContext& call,
                               const grpc::ByteBuffer& request, grpc::ByteBuffer* response) const;
+  absl::Status Foresee(const grpc::CallbackServerContext& call, const grpc::ByteBuffer& request,
+                       grpc::ByteBuffer* response) const;
+  absl::Status DescribeLoads(const grpc::CallbackServerContext& call,
+                             const grpc::ByteBuffer& request, grpc::ByteBuffer* response) const;
 
   ServiceContext& context_;
 };

@@ -6,6 +6,8 @@
 
 #include "server/lifecycle.h"
 #include "server/ops/metrics.h"
+#include "server/ops/recent_prompts.h"
+#include "server/ops/tracer.h"
 #include "server/options.h"
 #include "server/rpc/served_model.h"
 #include "server/rpc/timer.h"
@@ -19,6 +21,8 @@ struct ServiceContext {
   Lifecycle* lifecycle = nullptr;
   Timer* timer = nullptr;
   Metrics* metrics = nullptr;
+  RecentPrompts* recent_prompts = nullptr;
+  Tracer* tracer = nullptr;
   // Null until the model is loaded; set before the server serves.
   std::atomic<const ServedModel*> model{nullptr};
   // Set before the server cancels what is left at the end of a drain.

@@ -89,6 +89,7 @@ class Bench {
   void Linear(const char* what, int64_t rows, int64_t in, int64_t out, LinearOutput mode);
   void Elementwise(int64_t rows);
   void Rope(int64_t rows);
+  void Quantize(const HeadShape& shape, int64_t num_tokens);
   void Attention(const HeadShape& shape, int64_t first_position, int64_t rows);
   void Select(const HeadShape& shape, int64_t rows, int32_t num_proxies, int32_t stride);
 
@@ -191,6 +192,23 @@ void Bench::Rope(int64_t rows) {
   }
 }
 
+// What is read and written. A run is several calls and a wait for a device that runs behind us.
+void Bench::Quantize(const HeadShape& shape, int64_t num_tokens) {
+  constexpr int kCalls = 8;
+  const std::string name = "QuantizeKv " + std::to_string(shape.num_kv_heads) + " heads, d " +
+                           std::to_string(shape.head_dim) + ", " + std::to_string(num_tokens);
+  if (!Wanted(name)) return;
+  const Cache cache = MakeCache(*this, backend_, shape, num_tokens);
+  std::vector<KvPageTokens> pages;
+  for (const int32_t page : cache.table) pages.push_back({page, kBlockTokens});
+  const int64_t out_bytes = static_cast<int64_t>(pages.size()) * Fp8PageBytes(shape);
+  const Buffer out = Must(backend_.Allocate(out_bytes));
+  Run(name, kCalls * static_cast<double>(cache.pages.buffer.bytes() + out_bytes), "GB/s", [&] {
+    for (int i = 0; i < kCalls; ++i) Must(backend_.QuantizeKv({cache.kv, pages, out.data()}));
+    return backend_.TakeTimes().status();
+  });
+}
+
 // Work of exact causal attention, both products: what lies above the diagonal is not counted.
 double AttentionFlop(const HeadShape& shape, int64_t first_position, int64_t rows) {
   double pairs = 0;
@@ -266,6 +284,8 @@ void RunAll(Backend& backend, const std::string& only) {
   bench.Elementwise(512);
   bench.Elementwise(8128);
   bench.Rope(8128);
+  bench.Quantize({9, 3, 64}, 8192);
+  bench.Quantize({32, 8, 128}, 32768);
   const HeadShape smol{9, 3, 64};
   for (int64_t rows : {128, 1024, 4096, 8128}) bench.Attention(smol, 0, rows);
   bench.Attention(smol, 8000, 128);

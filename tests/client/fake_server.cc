@@ -30,8 +30,13 @@ void FakeServer::SetServing(bool serving) {
 
 grpc::Status FakeServer::Prefill(grpc::ServerContext* context, const v1::PrefillRequest* request,
                                  PrefillWriter* writer) {
-  last_request_ = *request;
-  return handler_(++num_calls_, *context, *writer);
+  int call;
+  {
+    absl::MutexLock lock(&mutex_);
+    requests_.push_back(*request);
+    call = static_cast<int>(requests_.size());
+  }
+  return handler_(call, *context, *writer);
 }
 
 grpc::Status FakeServer::FetchKv(grpc::ServerContext* context, FetchReaderWriter* stream) {
@@ -60,6 +65,16 @@ grpc::Status FakeServer::ReleaseKv(grpc::ServerContext*, const v1::ReleaseKvRequ
   absl::MutexLock lock(&mutex_);
   released_.push_back(request->fetch_id());
   return grpc::Status::OK;
+}
+
+int FakeServer::num_calls() const {
+  absl::MutexLock lock(&mutex_);
+  return static_cast<int>(requests_.size());
+}
+
+v1::PrefillRequest FakeServer::request(int call) const {
+  absl::MutexLock lock(&mutex_);
+  return requests_.at(call - 1);
 }
 
 std::vector<v1::KvFetch> FakeServer::fetches() const {
@@ -95,6 +110,36 @@ grpc::Status FakeServer::GetServerInfo(grpc::ServerContext*, const v1::GetServer
                                        v1::GetServerInfoResponse* response) {
   response->set_backend("fake");
   return grpc::Status::OK;
+}
+
+grpc::Status FakeServer::Estimate(grpc::ServerContext*, const v1::EstimateRequest* request,
+                                  v1::EstimateResponse* response) {
+  absl::MutexLock lock(&mutex_);
+  last_estimate_ = *request;
+  *response = estimate_;
+  return grpc::Status::OK;
+}
+
+grpc::Status FakeServer::GetLoads(grpc::ServerContext*, const v1::GetLoadsRequest*,
+                                  v1::GetLoadsResponse* response) {
+  absl::MutexLock lock(&mutex_);
+  *response = loads_;
+  return grpc::Status::OK;
+}
+
+v1::EstimateRequest FakeServer::last_estimate() const {
+  absl::MutexLock lock(&mutex_);
+  return last_estimate_;
+}
+
+void FakeServer::Answer(const v1::EstimateResponse& estimate) {
+  absl::MutexLock lock(&mutex_);
+  estimate_ = estimate;
+}
+
+void FakeServer::Answer(const v1::GetLoadsResponse& loads) {
+  absl::MutexLock lock(&mutex_);
+  loads_ = loads;
 }
 
 void WriteStream(const KvStream& stream, PrefillWriter& writer, int count) {

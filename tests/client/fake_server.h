@@ -33,8 +33,10 @@ class FakeServer final : private v1::PrefillService::Service {
   ~FakeServer() override;
 
   std::string target() const { return "127.0.0.1:" + std::to_string(port_); }
-  int num_calls() const { return num_calls_; }
-  v1::PrefillRequest last_request() const { return last_request_; }  // when no call runs
+  int num_calls() const;
+  // Of a call of Prefill, counted from 1.
+  v1::PrefillRequest request(int call) const;
+  v1::PrefillRequest last_request() const { return request(num_calls()); }
   // First messages of all calls of FetchKv, in the order of their arrival.
   std::vector<v1::KvFetch> fetches() const;
   // Peers of all calls of FetchKv: one for every connection.
@@ -44,6 +46,10 @@ class FakeServer final : private v1::PrefillService::Service {
   int num_model_infos() const { return num_model_infos_; }
   // What GetModelInfo says from now on.
   void set_kv_bytes_per_token(uint64_t bytes) { kv_bytes_per_token_ = bytes; }
+  v1::EstimateRequest last_estimate() const;
+  // What Estimate and GetLoads say from now on.
+  void Answer(const v1::EstimateResponse& estimate);
+  void Answer(const v1::GetLoadsResponse& loads);
   // What grpc.health.v1 says of the service.
   void SetServing(bool serving);
 
@@ -61,14 +67,20 @@ class FakeServer final : private v1::PrefillService::Service {
                             v1::GetModelInfoResponse* response) override;
   grpc::Status GetServerInfo(grpc::ServerContext* context, const v1::GetServerInfoRequest* request,
                              v1::GetServerInfoResponse* response) override;
+  grpc::Status Estimate(grpc::ServerContext* context, const v1::EstimateRequest* request,
+                        v1::EstimateResponse* response) override;
+  grpc::Status GetLoads(grpc::ServerContext* context, const v1::GetLoadsRequest* request,
+                        v1::GetLoadsResponse* response) override;
 
   const Handler handler_;
   const FetchHandler fetch_handler_;
-  std::atomic<int> num_calls_{0};
   std::atomic<int> num_model_infos_{0};
   std::atomic<uint64_t> kv_bytes_per_token_{0};
-  v1::PrefillRequest last_request_;
   mutable absl::Mutex mutex_;
+  std::vector<v1::PrefillRequest> requests_ ABSL_GUARDED_BY(mutex_);
+  v1::EstimateRequest last_estimate_ ABSL_GUARDED_BY(mutex_);
+  v1::EstimateResponse estimate_ ABSL_GUARDED_BY(mutex_);
+  v1::GetLoadsResponse loads_ ABSL_GUARDED_BY(mutex_);
   std::vector<v1::KvFetch> fetches_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::string> fetch_peers_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::string> renewed_ ABSL_GUARDED_BY(mutex_);

@@ -27,6 +27,7 @@ v1::KvManifest MakeManifest(const KvStreamSpec& spec) {
   for (uint32_t i = 0; i < spec.num_tokens; ++i) ids.push_back(TokenId(i));
   manifest.set_token_hash(TokenHash(ids));
   manifest.set_num_tokens(spec.num_tokens);
+  manifest.set_skip_tokens(spec.skip_tokens);
   v1::KvLayout& layout = *manifest.mutable_layout();
   layout.set_num_layers(spec.num_layers);
   layout.set_num_kv_heads(spec.num_kv_heads);
@@ -61,6 +62,15 @@ std::string ChunkBytes(const KvStreamSpec& spec, const std::vector<std::byte>& k
   std::string data;
   for (uint32_t begin = chunk.token_begin(); begin < chunk_end;) {
     const uint32_t end = std::min((begin / spec.block_tokens + 1) * spec.block_tokens, chunk_end);
+    if (spec.dtype == v1::KV_DTYPE_FP8_E4M3) {
+      for (const uint32_t plane : {0, 1}) {
+        for (uint32_t h = 0; h < chunk.kv_head_count(); ++h) {
+          const float scale = ScaleOf(spec, chunk.layer(), begin / spec.block_tokens, plane,
+                                      chunk.kv_head_begin() + h);
+          data.append(reinterpret_cast<const char*>(&scale), sizeof(scale));
+        }
+      }
+    }
     for (const uint32_t plane : {0, 1}) {
       for (uint32_t h = 0; h < chunk.kv_head_count(); ++h) {
         data += HeadBytes(spec, kv, chunk.layer(), plane, chunk.kv_head_begin() + h)
@@ -127,6 +137,12 @@ void AppendKv(const KvStreamSpec& spec, const std::vector<std::byte>& kv, v1::Kv
 
 }  // namespace
 
+float ScaleOf(const KvStreamSpec& spec, int64_t layer, int64_t page, int64_t plane, int64_t head) {
+  const int64_t pages = (spec.num_tokens - 1) / spec.block_tokens + 1;
+  const int64_t place = ((layer * pages + page) * 2 + plane) * spec.num_kv_heads + head;
+  return 0.37f + 0.11f * static_cast<float>(place);
+}
+
 KvShape ShapeOf(const KvStreamSpec& spec, const v1::KvPart& part) {
   return {.num_layers = Whole(spec, part).layer_count(),
           .num_kv_heads = Whole(spec, part).kv_head_count(),
@@ -192,6 +208,9 @@ KvStream MakeDetachedStream(const KvStreamSpec& spec) {
   stream[0].mutable_accepted()->set_fetch_id(FetchId());
   *stream[1].mutable_manifest() = MakeManifest(spec);
   AppendKv(nothing, {}, {}, &stream);
+  EditCompleted(&stream.back(), [&](v1::Completed& completed) {
+    completed.mutable_manifest()->set_skip_tokens(spec.skip_tokens);
+  });
   return stream;
 }
 

@@ -33,6 +33,9 @@ v1::PrefillRequest RequestFor(const KvStreamSpec& spec);
 // Different bytes everywhere: [layer][K, V][kv_heads][num_tokens][head_dim] of the whole prompt.
 std::vector<std::byte> MakeKv(const KvStreamSpec& spec);
 
+// Of a page of the wire, where the dtype is fp8. Different everywhere.
+float ScaleOf(const KvStreamSpec& spec, int64_t layer, int64_t page, int64_t plane, int64_t head);
+
 // What comes of a part, without its stripe.
 KvShape ShapeOf(const KvStreamSpec& spec, const v1::KvPart& part = {});
 // The same of MakeKv's bytes: [layer][K, V][kv_heads][tokens][head_dim].

@@ -1,11 +1,11 @@
 #include "client/commands/load.h"
 
-#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <functional>
 #include <set>
-#include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/synchronization/mutex.h"
@@ -14,9 +14,12 @@
 namespace headstart {
 namespace {
 
-using ::testing::_;
-using ::testing::ElementsAre;
-using ::testing::Pair;
+// Every request is sent by `send`, without getting ready.
+PrepareRequest Sending(std::function<void(int64_t index, int worker, LoadSample*)> send) {
+  return [send = std::move(send)](int64_t index, int worker) -> SendRequest {
+    return [&send, index, worker](LoadSample* sample) { send(index, worker, sample); };
+  };
+}
 
 // Runs a load whose requests are answered only when `expected` of them wait for their answer; how
 // many did.
@@ -24,12 +27,11 @@ int MostAtATime(const LoadOptions& options, int expected) {
   absl::Mutex mutex;
   int waiting = 0;
   bool enough = false;
-  RunLoad(options, [&](int64_t, int) {
-    absl::MutexLock lock(&mutex);
-    enough = ++waiting == expected;
-    mutex.Await(absl::Condition(&enough));
-    return LoadSample{};
-  });
+  RunLoad(options, Sending([&](int64_t, int, LoadSample*) {
+            absl::MutexLock lock(&mutex);
+            enough = ++waiting == expected;
+            mutex.Await(absl::Condition(&enough));
+          }));
   return waiting;
 }
 
@@ -40,21 +42,23 @@ TEST(LoadTest, ClosedLoopSendsEveryRequestOnceAndNeverMoreAtATime) {
   absl::Mutex mutex;
   std::set<int> busy;
   std::vector<int> seen(50);
-  const LoadResult result = RunLoad(options, [&](int64_t index, int worker) {
-    absl::MutexLock lock(&mutex);
-    EXPECT_TRUE(busy.insert(worker).second);
-    EXPECT_LT(worker, 3);
-    ++seen[index];
-    mutex.Unlock();
-    mutex.Lock();
-    busy.erase(worker);
-    LoadSample sample;
-    sample.prompt_tokens = index;
-    return sample;
-  });
+  const LoadResult result = RunLoad(options, Sending([&](int64_t index, int worker, LoadSample* s) {
+                                      absl::MutexLock lock(&mutex);
+                                      EXPECT_TRUE(busy.insert(worker).second);
+                                      EXPECT_LT(worker, 3);
+                                      ++seen[index];
+                                      mutex.Unlock();
+                                      mutex.Lock();
+                                      busy.erase(worker);
+                                      s->prompt_tokens = index;
+                                    }));
   EXPECT_EQ(seen, std::vector<int>(50, 1));
   ASSERT_EQ(result.samples.size(), 50);
-  for (int64_t i = 0; i < 50; ++i) EXPECT_EQ(result.samples[i].prompt_tokens, i);
+  for (int64_t i = 0; i < 50; ++i) {
+    EXPECT_EQ(result.samples[i].prompt_tokens, i);
+    EXPECT_EQ(result.samples[i].planned, result.samples[i].sent);
+    EXPECT_LE(result.samples[i].sent, result.samples[i].ended);
+  }
 }
 
 TEST(LoadTest, ClosedLoopKeepsAllWorkersBusy) {
@@ -73,17 +77,33 @@ TEST(LoadTest, OpenLoopWaitsForNoAnswer) {
 
 TEST(LoadTest, OpenLoopCountsTheWaitForAFreeWorker) {
   LoadOptions options;
-  options.rate_per_second = 1e6;
-  options.num_requests = 3;
+  options.arrivals = {absl::ZeroDuration(), absl::Milliseconds(1), absl::Milliseconds(2)};
   options.max_outstanding = 1;
   absl::Time first_end;
-  absl::Time start = absl::Now();
-  const LoadResult result = RunLoad(options, [&](int64_t index, int) {
-    if (index == 0) absl::SleepFor(absl::Milliseconds(50));  // the work itself
-    return LoadSample{};
+  const LoadResult result = RunLoad(options, Sending([&](int64_t index, int, LoadSample*) {
+                                      if (index > 0) return;
+                                      absl::SleepFor(absl::Milliseconds(20));  // the work itself
+                                      first_end = absl::Now();
+                                    }));
+  ASSERT_EQ(result.samples.size(), 3);
+  for (int64_t i = 0; i < 3; ++i)
+    EXPECT_EQ(result.samples[i].planned, result.start + options.arrivals[i]);
+  EXPECT_GE(result.samples[2].sent, first_end);
+  EXPECT_GE(result.samples[2].lateness(), absl::Milliseconds(18));
+}
+
+TEST(LoadTest, OpenLoopStartsItsClockWhenRequestsAreReady) {
+  LoadOptions options;
+  options.arrivals.assign(8, absl::ZeroDuration());
+  absl::Mutex mutex;
+  absl::Time last_ready = absl::InfinitePast();
+  const LoadResult result = RunLoad(options, [&](int64_t, int) -> SendRequest {
+    absl::MutexLock lock(&mutex);
+    last_ready = absl::Now();
+    return [](LoadSample*) {};
   });
-  EXPECT_LT(result.samples[0].ttft, absl::Now() - start);
-  EXPECT_GE(result.samples[2].ttft, absl::Milliseconds(49));
+  EXPECT_GE(result.start, last_ready);
+  for (const LoadSample& sample : result.samples) EXPECT_EQ(sample.planned, result.start);
 }
 
 TEST(LoadTest, ArrivalsArePoisson) {
@@ -109,45 +129,6 @@ TEST(LoadTest, ArrivalsEndWithTheDuration) {
   const std::vector<absl::Duration> times = ArrivalTimes(options);
   EXPECT_NEAR(static_cast<double>(times.size()), 200.0, 50.0);
   EXPECT_LT(times.back(), absl::Seconds(2));
-}
-
-TEST(LoadTest, PercentileIsNearestRank) {
-  EXPECT_EQ(Percentile({}, 0.5), 0.0);
-  EXPECT_EQ(Percentile({7}, 0.99), 7.0);
-  EXPECT_EQ(Percentile({4, 1, 3, 2}, 0.5), 2.0);
-  EXPECT_EQ(Percentile({4, 1, 3, 2}, 0.9), 4.0);
-  std::vector<double> hundred;
-  for (int i = 100; i > 0; --i) hundred.push_back(i);
-  EXPECT_EQ(Percentile(hundred, 0.5), 50.0);
-  EXPECT_EQ(Percentile(hundred, 0.99), 99.0);
-}
-
-TEST(LoadTest, SummaryCountsErrorsApart) {
-  LoadResult result;
-  result.wall = absl::Seconds(2);
-  for (const int ttft : {1, 3}) {
-    LoadSample sample;
-    sample.ttft = absl::Seconds(ttft);
-    sample.prompt_tokens = 1000;
-    sample.kv_bytes = 1'000'000'000;
-    sample.density = ttft == 1 ? 0.5 : 1.0;
-    result.samples.push_back(sample);
-  }
-  for (int i = 0; i < 2; ++i) {
-    LoadSample& sample = result.samples.emplace_back();
-    sample.error = "UNAVAILABLE";
-    sample.message = "message " + std::to_string(i);
-  }
-  const LoadSummary summary = Summarize(result);
-  EXPECT_EQ(summary.ok, 2);
-  ASSERT_THAT(summary.errors, ElementsAre(Pair("UNAVAILABLE", _)));
-  EXPECT_EQ(summary.errors.at("UNAVAILABLE").count, 2);
-  EXPECT_EQ(summary.errors.at("UNAVAILABLE").example, "message 0");
-  EXPECT_DOUBLE_EQ(summary.tokens_per_second, 1000.0);
-  EXPECT_DOUBLE_EQ(summary.kv_gigabytes_per_second, 1.0);
-  EXPECT_DOUBLE_EQ(summary.density, 0.75);
-  EXPECT_DOUBLE_EQ(summary.ttft_p50, 1.0);
-  EXPECT_DOUBLE_EQ(summary.ttft_p99, 3.0);
 }
 
 }  // namespace

@@ -101,6 +101,38 @@ TEST_F(PrefillClientTest, ChecksThatExactMeansDense) {
   EXPECT_THAT(Prefill(), StatusIs(absl::StatusCode::kDataLoss, HasSubstr("dense")));
 }
 
+TEST_F(PrefillClientTest, EstimatesWithinTheTimeout) {
+  ServeAfterFailures(0, 0, grpc::Status::OK);
+  v1::EstimateResponse estimate;
+  estimate.mutable_predicted_ttft()->set_nanos(5);
+  estimate.set_refusal(v1::ERROR_REASON_QUEUE_FULL);
+  server_->Answer(estimate);
+  options_.timeout = absl::Milliseconds(12500);
+  ASSERT_OK_AND_ASSIGN(const auto client, PrefillClient::Create(options_));
+  v1::EstimateRequest request;
+  *request.mutable_request() = request_;
+  ASSERT_OK_AND_ASSIGN(const v1::EstimateResponse answer, client->Estimate(request));
+  EXPECT_TRUE(google::protobuf::util::MessageDifferencer::Equals(answer, estimate));
+  EXPECT_EQ(server_->last_estimate().request().token_ids_size(), request_.token_ids_size());
+  EXPECT_EQ(server_->last_estimate().deadline().seconds(), 12);
+  EXPECT_EQ(server_->last_estimate().deadline().nanos(), 500'000'000);
+  request.mutable_deadline()->set_seconds(3);
+  EXPECT_OK(client->Estimate(request));
+  EXPECT_EQ(server_->last_estimate().deadline().seconds(), 3);
+  EXPECT_EQ(server_->num_calls(), 0) << "nothing ran";
+}
+
+TEST_F(PrefillClientTest, GetsLoads) {
+  ServeAfterFailures(0, 0, grpc::Status::OK);
+  v1::GetLoadsResponse loads;
+  loads.set_accepting(true);
+  loads.set_queued_tokens(7);
+  server_->Answer(loads);
+  ASSERT_OK_AND_ASSIGN(const auto client, PrefillClient::Create(options_));
+  ASSERT_OK_AND_ASSIGN(const v1::GetLoadsResponse answer, client->GetLoads());
+  EXPECT_TRUE(google::protobuf::util::MessageDifferencer::Equals(answer, loads));
+}
+
 // ---- retries
 
 TEST_F(PrefillClientTest, RetriesUnavailableBeforeTheFirstChunk) {

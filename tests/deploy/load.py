@@ -19,7 +19,7 @@ SERVICE = "/headstart.v1.PrefillService"
 LONG = 4096
 # Seconds between two calls of a client, by kind.
 PAUSE = {"short": 0.02, "sparse": 0, "wrong": 0.1, "cancels": 0.2, "burst": 1, "slow_reader": 0, "impatient": 0.2,
-         "striped": 0.2, "breaks": 0.2, "forgets": 0.5}
+         "striped": 0.2, "breaks": 0.2, "forgets": 0.5, "alike": 0.1}
 ATTENTION = (
     Attention(preset="fast", gamma=0.1, floor_tokens=128, dense_below_tokens=512),  # sparse
     Attention(preset="balanced", gamma=0.99, dense_below_tokens=512),  # keeps so much that it runs dense
@@ -63,7 +63,7 @@ def code_of(call):
 class Load:
     """Runs one thread for each kind of client, until stop().
 
-    text: token ids whose beginnings are the prompts; random ones without it.
+    text: token ids that prompts are cut from; random ones without it.
     pace: how many times longer a client waits between two calls; larger models need more.
     """
 
@@ -106,7 +106,11 @@ class Load:
             self._crashes.append(error)
 
     def prompt(self, length, seed):
-        return self.text[:length] if self.text else prompt(length, seed)
+        if not self.text:
+            return prompt(length, seed)
+        # Not all from the same place: those would be found in the prefix cache.
+        begin = seed * 37 % (len(self.text) - length + 1)
+        return self.text[begin:begin + length]
 
     @staticmethod
     def _code(client, *arguments, **options):
@@ -179,6 +183,10 @@ class Load:
         raw_release(channel, fetch_id)
         assert code_of(raw_fetch(channel, fetch_id)) == "NOT_FOUND"
         self.fetches_of_nothing += 1
+
+    def alike(self, client, _, turn):
+        """Prompts with the same long beginning."""
+        yield self._code(client, self.prompt(1024, 0) + self.prompt(64, 1 + turn))
 
     def forgets(self, client, _, turn):
         """Asks for KV and never fetches it."""

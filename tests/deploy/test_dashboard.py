@@ -72,7 +72,7 @@ def test_panels_do_not_overlap():
 
 def test_rows_cover_what_operators_ask():
     rows = [panel["title"] for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] == "row"]
-    assert rows == ["Service level", "Sparsity", "KV shipping", "Resources"]
+    assert rows == ["Service level", "Many requests at once", "Sparsity", "KV shipping", "Resources"]
 
 
 def test_config_map_carries_the_dashboard_for_grafanas_sidecar():

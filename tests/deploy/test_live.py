@@ -16,6 +16,8 @@ from manifests import REPO
 from promql import alerts, autoscaler_query, dashboard_expressions, rules, run_promtool, substitute
 from tiny_model import write_tiny_model
 
+# Whose client may read as slowly as a busy machine lets it.
+PATIENT = [limit for limit in LIMITS if "stall" not in limit]
 LOAD_SECONDS = 15
 # Alerts that look for what is missing say nothing about a healthy system.
 ABSENCE = {"HeadstartAbsent"}
@@ -34,7 +36,7 @@ class Observed:
 def observed(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("live")
     seen = Observed()
-    with Server(model, folder, "steady", *LIMITS) as steady, Server(model, folder, "leaving", *LIMITS) as leaving, \
+    with Server(model, folder, "steady", *LIMITS) as steady, Server(model, folder, "leaving", *PATIENT) as leaving, \
             Prometheus([steady.admin, leaving.admin], folder) as prometheus:
         seen.prometheus, seen.steady, seen.leaving = prometheus, steady, leaving
         load = Load(steady.target)
@@ -52,8 +54,11 @@ def observed(model, tmp_path_factory):
 
 def met_everything(server):
     """One prompt ran sparse, one fell back for each reason; KV was fetched on two streams, on one that broke and went on, when it
-    was gone, and not at all."""
-    return (server.value("headstart_kv_bytes_sent_total", stripes="2-4") > 0
+    was gone, and not at all; the prefix cache had something, and too little room; an estimate could be compared."""
+    return (server.value("headstart_prompt_tokens_total", source="prefix_cache") > 0
+            and server.value("headstart_kv_pool_evictions_total") > 0
+            and server.value("headstart_ttft_estimate_error_ratio_count") > 0
+            and server.value("headstart_kv_bytes_sent_total", stripes="2-4") > 0
             and server.value("headstart_kv_resumes_total") > 0
             and server.value("headstart_kv_fetches_total", code="NOT_FOUND") > 0
             and server.value("headstart_kv_leases_expired_total") > 0
@@ -133,7 +138,7 @@ def test_every_series_that_a_rule_names_exists(observed, rule):
 
 def without_thresholds(expr):
     """An alert's expression without its comparisons: what is compared."""
-    return re.sub(r"\s(?:>|==)\s[\d.]+(?:\s\*\s[\d.]+)?", "", expr.replace(" offset 1d", ""))
+    return re.sub(r"\s(?:>|<|==)\s[\d.]+(?:\s\*\s[\d.]+)?", "", expr.replace(" offset 1d", ""))
 
 
 @pytest.mark.parametrize("alert", [alert for alert in alerts() if alert["alert"] not in ABSENCE],
@@ -178,6 +183,10 @@ def test_nothing_leaks(observed):
     assert values["headstart_kv_pool_blocks_acquired_total"] == values["headstart_kv_pool_blocks_released_total"] > 0
     assert values["headstart_inflight_tokens"] == values["headstart_kv_lease_tokens"] == 0
     assert values["headstart_kv_leases"] == values["headstart_kv_fetch_streams"] == 0
+    pool = {labels["state"]: value for name, labels, value in parse_metrics(observed.metrics)
+            if name == "headstart_kv_pool_blocks"}
+    assert pool["used"] == values["headstart_kv_cache_utilization_ratio"] == 0 < pool["cached"]
+    assert values["headstart_predicted_drain_seconds"] == 0
     assert values["headstart_host_kv_bytes"] == values["headstart_kv_room_waiting_requests"] == 0
 
 
@@ -187,7 +196,8 @@ def test_parts_of_the_time_to_first_token_add_up(observed):
     # Exposed transfer is counted for every stream, so it is left out, too.
     computed = sum(sums[f"headstart_{part}_seconds_sum"] for part in ("selection", "attention", "other_compute"))
     assert computed == pytest.approx(sums["headstart_compute_seconds_sum"], rel=1e-3)
-    assert 0 < computed <= sums["headstart_time_to_first_token_seconds_sum"]
+    assert 0 < computed
+    assert computed + sums["headstart_gave_way_seconds_sum"] <= sums["headstart_time_to_first_token_seconds_sum"]
 
 
 def test_metrics_follow_prometheus_conventions(observed):

@@ -234,6 +234,9 @@ def test_keda_and_hpa_ask_for_the_same():
     hpa = only(render("autoscaling-hpa"), "HorizontalPodAutoscaler")["spec"]
     (trigger,), (metric,) = keda["triggers"], hpa["metrics"]
     assert trigger["metadata"]["threshold"] == metric["external"]["target"]["averageValue"]
+    # The query is a sum over the recorded series, whose name without the recording's parts is the HPA's.
+    assert trigger["metadata"]["query"] == f'sum(job:{metric["external"]["metric"]["name"]}:sum{{job="headstart"}})'
+    assert metric["external"]["metric"]["selector"]["matchLabels"] == {"job": "headstart"}
     assert (keda["minReplicaCount"], keda["maxReplicaCount"]) == (hpa["minReplicas"], hpa["maxReplicas"])
     assert keda["advanced"]["horizontalPodAutoscalerConfig"]["behavior"] == hpa["behavior"]
     assert hpa["behavior"]["scaleDown"]["stabilizationWindowSeconds"] >= 300

@@ -50,7 +50,7 @@ def write_shape(folder, model):
         file.truncate(8 + len(text) + offset)
 
 
-PLANNED = ("device", "max-prompt-tokens", "piece-tokens", "kv-pool-tokens", "host-kv-bytes")
+PLANNED = ("device", "max-prompt-tokens", "piece-tokens", "batch-tokens", "kv-pool-tokens", "host-kv-bytes")
 
 
 def plan_of(overlay, folder, **changed):
@@ -104,5 +104,29 @@ def test_sizes_in_the_readme_are_those_of_the_h100_overlay(tmp_path, piece, devi
     assert plan["stored_weight_bytes"] + plan["host_kv_bytes"] + 2 * GIB < int(pod_gib) * GIB
 
 
+# Overlay, pool, longest prompt, four batches, rest, bytes of the pool.
+POOL = re.compile(r"^\| `([\w-]+)` \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) (MiB|GiB) \|$", flags=re.MULTILINE)
+POOLS = POOL.findall((REPO / "deploy/README.md").read_text())
+
+
+@pytest.mark.parametrize("overlay, pool, prompt, batches, cache, size, unit", POOLS)
+def test_pools_in_the_readme_are_those_of_the_overlays(tmp_path, overlay, pool, prompt, batches, cache, size, unit):
+    config, plan = server_config(render(overlay)), plan_of(overlay, tmp_path)
+    assert config["kv-pool-tokens"] == plan["kv_pool_tokens"] == int(pool)
+    assert plan["max_prompt_tokens"] == int(prompt)
+    assert 4 * plan["batch_tokens"] == int(batches)
+    assert int(pool) - int(prompt) - int(batches) == int(cache) > 0, "a long prompt leaves something of the prefix cache"
+    assert plan["memory_bytes"]["kv_pool"] == int(size) * {"MiB": 1 << 20, "GiB": GIB}[unit]
+
+
+def test_the_default_pool_is_what_the_readme_says(tmp_path):
+    write_shape(tmp_path, MODELS["cpu-demo"])
+    done = subprocess.run([headstart(), "inspect", f"--model={tmp_path}", "--json"], capture_output=True, text=True, check=True)
+    plan = json.loads(done.stdout)
+    assert plan["batch_tokens"] == 2048
+    assert plan["kv_pool_tokens"] == plan["max_prompt_tokens"] + 4 * plan["batch_tokens"]
+
+
 def test_the_readme_has_sizes():
+    assert sorted(row[0] for row in POOLS) == sorted(MODELS)
     assert len(SIZE.findall((REPO / "deploy/README.md").read_text())) >= 2

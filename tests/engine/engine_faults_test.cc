@@ -218,7 +218,9 @@ TEST_F(EngineFaultsTest, StartUpWithoutMemoryIsAnError) {
     }
     EXPECT_THAT(engine, StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("no room")));
   }
-  EXPECT_EQ(allocations, 26);  // KV, 16 slots, seven activations; of the host: flags, KV
+  // KV, 64 slots, eight buffers of activations, twice, fp8 on its way; of the host: flags, twice,
+  // and KV.
+  EXPECT_EQ(allocations, 85);
 }
 
 }  // namespace

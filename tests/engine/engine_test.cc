@@ -36,8 +36,9 @@ TEST_F(EngineCreateTest, ResolvesZerosFromTheModel) {
   const EngineOptions& options = test.engine->options();
   EXPECT_EQ(options.model_name, "tiny");
   EXPECT_EQ(options.max_prompt_tokens, 2048);
-  EXPECT_EQ(options.kv_pool_tokens, 2048);
-  EXPECT_EQ(test.pool().num_pages(), 16);
+  EXPECT_EQ(options.batch_tokens, 2048);
+  EXPECT_EQ(options.kv_pool_tokens, 5 * 2048);
+  EXPECT_EQ(test.pool().num_pages(), 5 * 16);
   EXPECT_EQ(test.engine->geometry().dtype, DType::kF32);
   EXPECT_EQ(test.engine->model_hash().size(), 64);
 }

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "engine/engine.h"
+#include "engine/run/kv_staging.h"
 #include "kernels/base/status_macros.h"
 #include "tests/testing/fault_backend.h"
 #include "tests/testing/kv_collector.h"
@@ -21,7 +22,9 @@ TEST(MemoryPlanTest, KnowsLlama31) {
   config.intermediate_size = 14336;
   config.vocab_size = 128256;
   config.max_positions = 131072;
-  const MemoryPlan plan = PlanMemory(config, DType::kBF16, 8192, 131072, 16);
+  const MemoryPlan plan = PlanMemory(
+      config, DType::kBF16,
+      {.max_rows = 8192, .urgent_rows = 2048, .max_pieces = 64, .num_slots = 64}, 131072);
   // 8.03 billion parameters, two bytes each but for the norms.
   const int64_t norms = (2 * 32 + 1) * 4096;
   EXPECT_EQ(plan.weight_bytes, 2 * (int64_t{8'030'261'248} - norms) + 4 * norms);
@@ -34,7 +37,8 @@ TEST(MemoryPlanTest, PoolIsWholePages) {
   ModelConfig config;
   config.num_layers = 1;
   config.heads = {.num_heads = 1, .num_kv_heads = 1, .head_dim = 2};
-  EXPECT_EQ(PlanMemory(config, DType::kF32, 128, 129, 1).kv_pool_bytes, 2 * 128 * 2 * 2 * 4);
+  EXPECT_EQ(PlanMemory(config, DType::kF32, {.max_rows = 128}, 129).kv_pool_bytes,
+            2 * 128 * 2 * 2 * 4);
 }
 
 // What an engine allocates outside of weights is what the plan says.
@@ -56,10 +60,14 @@ TEST(MemoryPlanTest, CountsWhatTheEngineAllocates) {
   options.model_dir = dir.path();
   options.kv_pool_tokens = 1000;
   options.piece_tokens = 256;
+  options.batch_tokens = 128;
   ASSERT_OK_AND_ASSIGN(const auto engine, testing::MakeEngine(options, std::move(backend)));
-  const MemoryPlan plan = PlanMemory(engine->config(), DType::kF32, 256, 1000, 16);
+  const MemoryPlan plan =
+      PlanMemory(engine->config(), DType::kF32,
+                 {.max_rows = 256, .urgent_rows = 128, .max_pieces = 64, .num_slots = 64}, 1000);
   const int64_t rope_table = 1024 * 32 * 4;  // made by PrepareRope
-  EXPECT_EQ(allocated, plan.kv_pool_bytes + plan.workspace_bytes - rope_table);
+  const int64_t staging = KvStaging::Bytes(engine->geometry(), 256);
+  EXPECT_EQ(allocated, plan.kv_pool_bytes + plan.workspace_bytes - rope_table + staging);
 }
 
 absl::StatusOr<std::unique_ptr<testing::FaultBackend>> BackendWithFreeBytes(int64_t free_bytes) {
@@ -79,6 +87,7 @@ TEST(MemoryPlanTest, RefusesWhatDoesNotFit) {
   ASSERT_OK_AND_ASSIGN(const ResolvedModel model,
                        ResolveModel(options, roomy->compute_dtype(), roomy.get()));
   EXPECT_GT(model.plan.scratch_bytes, 0);
+  EXPECT_EQ(model.plan.staging_bytes, KvStaging::Bytes(model.geometry, model.limits.max_rows));
   EXPECT_OK(CheckFits(model.plan, *roomy));
 
   ASSERT_OK_AND_ASSIGN(auto exact, BackendWithFreeBytes(model.plan.total_bytes()));

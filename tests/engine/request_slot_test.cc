@@ -35,17 +35,17 @@ class RequestSlotTest : public ::testing::Test {
 TEST_F(RequestSlotTest, ReadsWhatOperationsWrote) {
   ASSERT_OK_AND_ASSIGN(RequestSlot slot, RequestSlot::Create(config_, 5, *backend_));
   const std::vector<int32_t> pages = {7, 3, 9};
-  ASSERT_OK(slot.Start(pages));
+  ASSERT_OK(slot.Start(pages, nullptr));
   for (int32_t layer = 0; layer < kSlotLayers; ++layer) {
     const auto value = static_cast<uint64_t>(layer);
     Write(BlockCounts{10 + value, 20 + value, 30 + value}, slot.counts(layer));
     for (int32_t h = 0; h < kHeads; ++h) {
       Write(static_cast<float>(100 * layer + h), slot.budget_ratio(layer) + h);
     }
-    Write(static_cast<uint32_t>(layer + 1), slot.not_finite(layer));
   }
   const int64_t downloads = backend_->CountCalls("Download");
-  ASSERT_OK_AND_ASSIGN(const SlotTotals totals, slot.Read());
+  ASSERT_OK_AND_ASSIGN(const SlotState state, slot.Read());
+  const SlotTotals totals = slot.TotalsOf(state);
   EXPECT_EQ(backend_->CountCalls("Download"), downloads + 1);
   ASSERT_EQ(totals.counts.size(), kSlotLayers);
   for (int32_t layer = 0; layer < kSlotLayers; ++layer) {
@@ -55,7 +55,6 @@ TEST_F(RequestSlotTest, ReadsWhatOperationsWrote) {
   }
   EXPECT_THAT(totals.budget_ratios,
               ElementsAre(0, 1, 2, 3, 100, 101, 102, 103, 200, 201, 202, 203));
-  EXPECT_THAT(totals.not_finite, ElementsAre(1, 2, 3));
   std::vector<int32_t> table(pages.size());
   ASSERT_OK(backend_->Download(slot.page_table(), 3 * sizeof(int32_t), table.data()));
   EXPECT_EQ(table, pages);
@@ -63,17 +62,39 @@ TEST_F(RequestSlotTest, ReadsWhatOperationsWrote) {
 
 TEST_F(RequestSlotTest, StartForgetsTheRequestBefore) {
   ASSERT_OK_AND_ASSIGN(RequestSlot slot, RequestSlot::Create(config_, 2, *backend_));
-  ASSERT_OK(slot.Start({1, 0}));
+  ASSERT_OK(slot.Start({1, 0}, nullptr));
   Write(BlockCounts{1, 2, 3}, slot.counts(kSlotLayers - 1));
   Write(0.5f, slot.budget_ratio(0));
-  Write(uint32_t{1}, slot.not_finite(kSlotLayers - 1));
-  ASSERT_OK(slot.Start({0}));
-  ASSERT_OK_AND_ASSIGN(const SlotTotals totals, slot.Read());
+  ASSERT_OK(slot.Start({0}, nullptr));
+  ASSERT_OK_AND_ASSIGN(const SlotState state, slot.Read());
+  const SlotTotals totals = slot.TotalsOf(state);
   EXPECT_THAT(totals.budget_ratios, Each(0));
-  EXPECT_THAT(totals.not_finite, Each(0));
   for (const BlockCounts& counts : totals.counts) {
     EXPECT_EQ(counts.executed_blocks + counts.causal_blocks + counts.dense_fallbacks, 0);
   }
+}
+
+// What one slot was read behind, another goes on from; a state of another model is refused.
+TEST_F(RequestSlotTest, GoesOnFromAState) {
+  ASSERT_OK_AND_ASSIGN(RequestSlot slot, RequestSlot::Create(config_, 2, *backend_));
+  ASSERT_OK(slot.Start({1, 0}, nullptr));
+  Write(BlockCounts{1, 2, 3}, slot.counts(kSlotLayers - 1));
+  Write(0.5f, slot.budget_ratio(1) + 2);
+  ASSERT_OK_AND_ASSIGN(SlotState state, slot.Read());
+  ASSERT_OK_AND_ASSIGN(RequestSlot other, RequestSlot::Create(config_, 3, *backend_));
+  const std::vector<int32_t> pages = {4, 2, 6};
+  ASSERT_OK(other.Start(pages, &state));
+  ASSERT_OK_AND_ASSIGN(const SlotState got, other.Read());
+  EXPECT_EQ(got, state);
+  EXPECT_EQ(other.TotalsOf(got).counts[kSlotLayers - 1].causal_blocks, 2);
+  EXPECT_EQ(other.TotalsOf(got).budget_ratios[kHeads + 2], 0.5f);
+  std::vector<int32_t> table(pages.size());
+  ASSERT_OK(backend_->Download(other.page_table(), 3 * sizeof(int32_t), table.data()));
+  EXPECT_EQ(table, pages);
+
+  state.pop_back();
+  EXPECT_THAT(other.Start(pages, &state),
+              testing::StatusIs(absl::StatusCode::kInternal, ::testing::HasSubstr("must have")));
 }
 
 TEST_F(RequestSlotTest, BytesAreWhatCreateAllocates) {

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -33,6 +34,37 @@ TEST(ReferenceOpsTest, RoundToTakesTheNearestWithTiesToEven) {
   EXPECT_EQ(RoundTo(1.0f + 3 * 0x1p-8f, DType::kBF16), 1.0f + 0x1p-6f);  // a tie: to even
   EXPECT_EQ(RoundTo(1.0f + 0x1.02p-8f, DType::kBF16), 1.0f + 0x1p-7f);
   EXPECT_EQ(RoundTo(1.0f + 0x1p-23f, DType::kF32), 1.0f + 0x1p-23f);
+}
+
+TEST(ReferenceOpsTest, NearestFloat8E4M3RoundsToEvenAndSaturates) {
+  EXPECT_EQ(NearestFloat8E4M3(0.0f), 0x00);
+  EXPECT_EQ(NearestFloat8E4M3(-0.0f), 0x80);
+  EXPECT_EQ(NearestFloat8E4M3(1.0f), 0x38);
+  EXPECT_EQ(NearestFloat8E4M3(1.0625f), 0x38);    // a tie: to even
+  EXPECT_EQ(NearestFloat8E4M3(1.1875f), 0x3a);    // a tie: to even
+  EXPECT_EQ(NearestFloat8E4M3(-0x1p-10f), 0x80);  // half of the least number: to even
+  EXPECT_EQ(NearestFloat8E4M3(0x1.8p-9f), 0x02);
+  EXPECT_EQ(NearestFloat8E4M3(-448.0f), 0xfe);
+  EXPECT_EQ(NearestFloat8E4M3(1e30f), 0x7e);
+}
+
+// One page [K, V][1 head][128 tokens][1]: K counts, V is 0; two tokens count.
+TEST(ReferenceOpsTest, QuantizePageScalesByTheTokensThatCount) {
+  std::vector<float> page(2 * kBlockTokens);
+  page[0] = -896;
+  page[1] = 100;
+  page[2] = 1e9f;  // behind the two
+  const KvPages pages{page.data(), DType::kF32, {1, 1, 1}};
+  const std::vector<uint8_t> fp8 = QuantizePage(pages, 0, 2);
+  ASSERT_EQ(fp8.size(), 8 + 2 * kBlockTokens);
+  float scales[2];
+  std::memcpy(scales, fp8.data(), sizeof(scales));
+  EXPECT_EQ(scales[0], 2);
+  EXPECT_EQ(scales[1], 0);
+  EXPECT_EQ(fp8[8], 0xfe);      // -448
+  EXPECT_EQ(fp8[8 + 1], 0x64);  // 48: 50 lies between 48 and 52, a tie
+  EXPECT_EQ(fp8[8 + 2], 0);
+  EXPECT_EQ(fp8[8 + kBlockTokens], 0);
 }
 
 TEST(ReferenceOpsTest, EmbedPicksRows) {

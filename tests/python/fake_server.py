@@ -24,12 +24,46 @@ def make_kv(dtype=np.uint16, seed=1):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def make_manifest(dtype=pb.KV_DTYPE_BF16):
+class Fp8Kv:
+    """Random numbers but NaN, [layers][2][kv_heads][tokens][head_dim] uint8, and scales [layers][pages][2][kv_heads]."""
+
+    def __init__(self, seed=1):
+        random = np.random.default_rng(seed)
+        magnitudes = random.integers(0, 0x7F, (LAYERS, 2, KV_HEADS, len(TOKENS), HEAD_DIM), dtype=np.uint8)
+        self.numbers = magnitudes | random.integers(0, 2, magnitudes.shape, dtype=np.uint8) << 7
+        self.scales = random.random((LAYERS, -(-len(TOKENS) // BLOCK), 2, KV_HEADS), dtype=np.float32)
+
+    def page(self, layer, heads, begin, end):
+        """Bytes of tokens of one page."""
+        scales = self.scales[layer, begin // BLOCK, :, slice(*heads)]
+        return scales.tobytes() + np.ascontiguousarray(self.numbers[layer, :, slice(*heads), begin:end]).tobytes()
+
+    def values(self, skip_tokens=0):
+        """What it stands for, by torch: a float32 tensor."""
+        import torch
+
+        scales = torch.from_numpy(self.scales).permute(0, 2, 3, 1).repeat_interleave(BLOCK, -1)[..., : len(TOKENS)]
+        numbers = torch.from_numpy(self.numbers).view(torch.float8_e4m3fn).float()
+        return (numbers * scales.unsqueeze(-1))[..., skip_tokens:, :]
+
+
+def make_page_names(manifest):
+    """Of the prompt's whole pages, as the wire format says."""
+    root = b"headstart.v1.page\0" + manifest.model_hash.encode() + b"\0" + manifest.cache_root.SerializeToString()
+    names = [hashlib.sha256(root).digest()[:16]]
+    for begin in range(0, len(TOKENS) - BLOCK + 1, BLOCK):
+        page = np.asarray(TOKENS[begin : begin + BLOCK], "<u4").tobytes()
+        names.append(hashlib.sha256(names[-1] + page).digest()[:16])
+    return names[1:]
+
+
+def make_manifest(dtype=pb.KV_DTYPE_BF16, skip_tokens=0):
     return pb.KvManifest(
         model="fake",
         model_hash="ab" * 32,
         token_hash=hashlib.sha256(np.asarray(TOKENS, "<u4").tobytes()).digest(),
         num_tokens=len(TOKENS),
+        skip_tokens=skip_tokens,
         layout=pb.KvLayout(
             num_layers=LAYERS,
             num_kv_heads=KV_HEADS,
@@ -46,6 +80,8 @@ def chunk_data(kv, layer, token_begin, token_end, heads=(0, KV_HEADS)):
     """Page after page of the wire, each [K, V][kv_heads][tokens of the page][head_dim]."""
     borders = [token_begin, *(t for t in range(token_begin + 1, token_end) if t % BLOCK == 0), token_end]
     pages = zip(borders, borders[1:])
+    if isinstance(kv, Fp8Kv):
+        return b"".join(kv.page(layer, heads, begin, end) for begin, end in pages)
     return b"".join(np.ascontiguousarray(kv[layer, :, slice(*heads), begin:end]).tobytes() for begin, end in pages)
 
 
@@ -99,7 +135,7 @@ def make_stream(kv=None, dtype=pb.KV_DTYPE_BF16, skip_tokens=0):
     kv = make_kv() if kv is None else kv
     chunks = make_chunks(kv, skip_tokens=skip_tokens)
     accepted = pb.Accepted(request_id="r1", transfer_params=b"opaque")
-    return [pb.PrefillResponse(accepted=accepted), *make_part_stream(chunks, make_manifest(dtype))]
+    return [pb.PrefillResponse(accepted=accepted), *make_part_stream(chunks, make_manifest(dtype, skip_tokens))]
 
 
 def make_part_stream(chunks, manifest=None):
@@ -210,7 +246,7 @@ class FakeKeeper(FakeServer):
         self.on_chunk = on_chunk or (lambda fetch, chunk, context: None)
         self.fetch_address = fetch_address
         self.part_of = lambda part: part  # what is sent for a part that is asked for
-        self.skip_tokens = 0
+        self.manifest = make_manifest()
         self.fetches = []
         self.acknowledged = {}
         self.peers = set()
@@ -218,11 +254,11 @@ class FakeKeeper(FakeServer):
 
     def prefill(self, request, context):
         self.requests.append(request)
-        self.skip_tokens = request.skip_tokens
+        self.manifest.skip_tokens = max(self.manifest.skip_tokens, request.skip_tokens)
         self.released.clear()
         accepted = pb.Accepted(request_id=request.request_id, fetch_id=self.FETCH_ID, fetch_address=self.fetch_address)
         yield pb.PrefillResponse(accepted=accepted)
-        yield from make_part_stream([])
+        yield from make_part_stream([], self.manifest)
 
     def fetch_kv(self, requests, context):
         fetch = next(requests).fetch
@@ -230,7 +266,8 @@ class FakeKeeper(FakeServer):
             headstart_error(grpc.StatusCode.NOT_FOUND, "UNKNOWN_FETCH_ID").end(context)
         self.fetches.append(fetch)
         self.peers.add(context.peer())
-        manifest, *chunks, completed = make_part_stream(make_chunks(self.kv, self.part_of(fetch.part), self.skip_tokens))
+        sent = make_chunks(self.kv, self.part_of(fetch.part), self.manifest.skip_tokens)
+        manifest, *chunks, completed = make_part_stream(sent, self.manifest)
         yield manifest
         for response in chunks[fetch.from_chunk :]:
             self.on_chunk(fetch, response.chunk, context)

@@ -5,9 +5,9 @@ import threading
 import numpy as np
 import pytest
 from google.protobuf.internal.encoder import _VarintBytes
-from headstart import Attention, KvLocation, PrefillClient, Sampling
+from headstart import Attention, HeadstartDataLoss, KvLocation, PrefillClient, Sampling, contiguous
 from headstart.v1 import prefill_pb2 as pb
-from headstart.wire import decode
+from headstart.wire import chunk_crc32c, decode
 
 import fake_server as fake
 from fake_server import TOKENS, make_kv, make_stream
@@ -22,6 +22,43 @@ def test_assembles_kv_of_two_passes_bit_for_bit(prefill, numpy_dtype, wire_dtype
     assert result.kv_dtype == name
     assert result.kv.dtype == numpy_dtype
     np.testing.assert_array_equal(result.kv, kv)
+
+
+@pytest.mark.parametrize("skip_tokens", [0, 4, 6, 10])
+def test_multiplies_fp8_out(prefill, skip_tokens):
+    torch = pytest.importorskip("torch")
+    kv = fake.Fp8Kv()
+    stream = lambda: make_stream(kv, pb.KV_DTYPE_FP8_E4M3, skip_tokens)
+    values = kv.values(skip_tokens)
+
+    result, server = prefill(stream(), kv_dtype="fp8_e4m3", skip_tokens=skip_tokens)
+    assert server.requests[0].kv_dtype == pb.KV_DTYPE_FP8_E4M3
+    assert (result.kv_dtype, result.wire_dtype) == ("bf16", "fp8_e4m3")
+    np.testing.assert_array_equal(result.kv, values.bfloat16().view(torch.int16).numpy().view(np.uint16))
+
+    for dtype in (torch.float32, torch.bfloat16):
+        memory = torch.zeros(values.shape, dtype=dtype)
+        prefill(stream(), skip_tokens=skip_tokens, into=lambda shape: contiguous(memory, shape.token_begin))
+        assert torch.equal(memory, values.to(dtype))
+    array = np.zeros(values.shape, np.float32)
+    prefill(stream(), skip_tokens=skip_tokens, into=lambda shape: contiguous(array, shape.token_begin))
+    np.testing.assert_array_equal(array, values.numpy())
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.uint8, np.int32])
+def test_fp8_is_not_multiplied_out_to_what_cannot_hold_it(prefill, dtype):
+    stream = make_stream(fake.Fp8Kv(), pb.KV_DTYPE_FP8_E4M3)
+    with pytest.raises(ValueError, match="fp8 is multiplied out to float32 or bfloat16"):
+        prefill(stream, into=lambda shape: contiguous(np.zeros(shape.dims, dtype)))
+
+
+def test_fp8_with_a_scale_too_few_is_data_loss(prefill):
+    stream = make_stream(fake.Fp8Kv(), pb.KV_DTYPE_FP8_E4M3)
+    chunk = stream[3].chunk
+    chunk.data = chunk.data[4:]
+    chunk.crc32c = chunk_crc32c(chunk, chunk.data)
+    with pytest.raises(HeadstartDataLoss, match="data has"):
+        prefill(stream)
 
 
 def test_reports_token_manifest_statistics_and_timing(prefill):

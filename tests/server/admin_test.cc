@@ -81,11 +81,29 @@ std::map<std::string, LiveMetric> Parse(const std::string& text) {
   return out;
 }
 
-class AdminTest : public ServerTest {};
+class AdminTest : public ServerTest {
+ protected:
+  // Dense, so that every one teaches.
+  static v1::PrefillRequest Dense(int64_t count) {
+    v1::PrefillRequest request = Prompt(count);
+    request.mutable_attention()->set_preset(v1::ATTENTION_PRESET_EXACT);
+    return request;
+  }
+
+  void RunUntilSpeedIsKnown() {
+    for (int64_t i = 0; i < CostModel::kMinSteps; ++i) {
+      EXPECT_EQ(Metric(kDrain), -1);
+      ASSERT_TRUE(Run(Dense(300)).status.ok());
+    }
+    EXPECT_EQ(Metric(kDrain), 0);
+  }
+
+  static constexpr char kDrain[] = "headstart_predicted_drain_seconds{model=\"tiny\"}";
+};
 
 TEST_F(AdminTest, ShowsEveryMetricOfTheTableAndNoOther) {
   Start();
-  ASSERT_TRUE(Run(Prompt(300)).status.ok());
+  RunUntilSpeedIsKnown();
   std::map<std::string, LiveMetric> live = Parse(Get("/metrics").body);
   for (const MetricSpec& spec : metric::kAll) {
     ASSERT_EQ(live.count(spec.name), 1u) << spec.name;
@@ -133,7 +151,7 @@ TEST_F(AdminTest, PromtoolFindsNothing) {
 
 TEST_F(AdminTest, HostileClientsAddNoSeries) {
   Start();
-  ASSERT_TRUE(Run(Prompt(5)).status.ok());
+  RunUntilSpeedIsKnown();
   v1::PrefillRequest unknown = Prompt(5);
   unknown.set_model("warm-up");
   EXPECT_EQ(Run(unknown).status.error_code(), grpc::StatusCode::NOT_FOUND);
@@ -173,9 +191,7 @@ TEST_F(AdminTest, RequestSeriesAreThereBeforeTheFirstRequest) {
 
 TEST_F(AdminTest, CountsWhatARequestDid) {
   Start();
-  v1::PrefillRequest request = Prompt(600);
-  request.mutable_attention()->set_preset(v1::ATTENTION_PRESET_EXACT);
-  ASSERT_TRUE(Run(request).status.ok());
+  ASSERT_TRUE(Run(Dense(600)).status.ok());
   EXPECT_EQ(Metric("headstart_requests_total{code=\"OK\",model=\"tiny\",reason=\"NONE\"}"), 1);
   EXPECT_EQ(Metric("headstart_prompt_tokens_total{model=\"tiny\",source=\"computed\"}"), 600);
   EXPECT_EQ(Metric("headstart_prompt_tokens_sum{model=\"tiny\"}"), 600);
@@ -203,6 +219,34 @@ TEST_F(AdminTest, CountsWhatARequestDid) {
   EXPECT_EQ(Metric("headstart_kv_overlap_ratio_count{model=\"tiny\"}"), 1);
   EXPECT_EQ(Metric("headstart_host_kv_bytes{state=\"used\"}"), 0);
   EXPECT_GT(Metric("headstart_host_kv_bytes{state=\"free\"}"), 0);
+}
+
+TEST_F(AdminTest, CountsEstimatesFromTheFirstOneOn) {
+  Start();
+  RunUntilSpeedIsKnown();
+  EXPECT_EQ(Metric("headstart_ttft_estimate_error_ratio_count{model=\"tiny\"}"), 0);
+  ASSERT_TRUE(Run(Dense(300)).status.ok());
+  EXPECT_EQ(Metric("headstart_ttft_estimate_error_ratio_count{model=\"tiny\"}"), 1);
+}
+
+TEST_F(AdminTest, ShowsHowThePrefixCacheDoes) {
+  options_.kv_pool_tokens = 640;
+  Start();
+  EXPECT_EQ(Metric("headstart_kv_pool_blocks{state=\"free\"}"), 5);
+  ASSERT_TRUE(Run(Dense(600)).status.ok());
+  ASSERT_TRUE(Run(Dense(600)).status.ok());
+  EXPECT_EQ(Metric("headstart_prompt_tokens_total{model=\"tiny\",source=\"computed\"}"), 688);
+  EXPECT_EQ(Metric("headstart_prompt_tokens_total{model=\"tiny\",source=\"prefix_cache\"}"), 512);
+  EXPECT_EQ(Metric("headstart_kv_pool_blocks{state=\"free\"}"), 1);
+  EXPECT_EQ(Metric("headstart_kv_pool_blocks{state=\"cached\"}"), 4);
+  EXPECT_EQ(Metric("headstart_kv_cache_utilization_ratio"), 0);
+  EXPECT_EQ(Metric("headstart_kv_pool_evictions_total"), 0);
+  v1::PrefillRequest other = Dense(600);
+  other.set_token_ids(0, 17);
+  ASSERT_TRUE(Run(other).status.ok());
+  EXPECT_EQ(Metric("headstart_kv_pool_evictions_total"), 4);
+  EXPECT_EQ(Metric("headstart_steps_total{model=\"tiny\",kind=\"main\"}"), 3);
+  EXPECT_EQ(Metric("headstart_step_pieces_total{model=\"tiny\"}"), 3);
 }
 
 TEST_F(AdminTest, CountsDenseFallbacksByReason) {

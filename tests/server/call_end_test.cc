@@ -75,8 +75,8 @@ TEST_F(CallEndTest, RefusesWhenTheQueueIsFull) {
   Barrier barrier(backend_, "Attention", 0);
   const auto stub = NewStub();
   OpenCall running(stub.get(), Prompt(10));
+  barrier.WaitUntilReached();  // else both run together
   OpenCall queued(stub.get(), Prompt(10));
-  barrier.WaitUntilReached();
   WaitForQueued(1);
   const CallResult refused = Run(Prompt(10));
   EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);

@@ -61,37 +61,46 @@ TEST(ChunkFrameTest, ChecksumOfBytesIsTheStandardOne) {
 
 // ---- the runs of a chunk
 
-KvGeometry SomeGeometry() {
+KvGeometry SomeGeometry(DType dtype) {
   return {.num_layers = 2,
           .heads = {.num_heads = 6, .num_kv_heads = 3, .head_dim = 16},
-          .dtype = DType::kBF16,
+          .dtype = dtype,
           .chunk_pages = 4};
 }
 
-// One element after the other, as prefill.proto says it: pages, K and V, heads, tokens, elements.
+// One element after the other, as prefill.proto says it: pages, scales where the type has them, K
+// and V, heads, tokens, elements.
 std::string ReferenceData(const std::string& memory, const TokenRange& tokens, const KvPart& part,
                           const KvGeometry& geometry) {
   const int64_t element = DTypeBytes(geometry.dtype);
   const int64_t heads = geometry.heads.num_kv_heads, dim = geometry.heads.head_dim;
   const int64_t first_page = tokens.begin / kBlockTokens;
   const int64_t end = tokens.begin + tokens.count;
+  const int64_t scales = geometry.dtype == DType::kF8E4M3 ? 2 * heads * 4 : 0;
+  const int64_t page_bytes = scales + 2 * heads * kBlockTokens * dim * element;
   std::string data;
-  for (int64_t page = first_page; page * kBlockTokens < end; ++page) {
+  const auto add = [&](int64_t place, int64_t bytes) {
+    data += memory.substr(static_cast<size_t>(place), static_cast<size_t>(bytes));
+  };
+  const auto for_each_head = [&](const auto& visit) {
     for (int64_t plane = 0; plane < 2; ++plane) {
       for (int64_t head = part.head_begin; head < part.head_begin + part.head_count; ++head) {
-        for (int64_t slot = 0; slot < kBlockTokens; ++slot) {
-          const int64_t token = page * kBlockTokens + slot;
-          if (token < tokens.begin || token >= end) continue;
-          for (int64_t i = 0; i < dim; ++i) {
-            const int64_t place =
-                ((((page - first_page) * 2 + plane) * heads + head) * kBlockTokens + slot) * dim +
-                i;
-            data +=
-                memory.substr(static_cast<size_t>(place * element), static_cast<size_t>(element));
-          }
-        }
+        visit(plane * heads + head);
       }
     }
+  };
+  for (int64_t page = first_page; page * kBlockTokens < end; ++page) {
+    const int64_t begin = (page - first_page) * page_bytes;
+    if (scales > 0) for_each_head([&](int64_t head) { add(begin + head * 4, 4); });
+    for_each_head([&](int64_t head) {
+      for (int64_t slot = 0; slot < kBlockTokens; ++slot) {
+        const int64_t token = page * kBlockTokens + slot;
+        if (token < tokens.begin || token >= end) continue;
+        for (int64_t i = 0; i < dim; ++i) {
+          add(begin + scales + ((head * kBlockTokens + slot) * dim + i) * element, element);
+        }
+      }
+    });
   }
   return data;
 }
@@ -101,6 +110,7 @@ struct RunCase {
   int32_t head_begin;
   int32_t head_count;
   size_t runs;
+  DType dtype = DType::kBF16;
 };
 
 class ChunkRunsTest : public ::testing::TestWithParam<RunCase> {
@@ -109,7 +119,7 @@ class ChunkRunsTest : public ::testing::TestWithParam<RunCase> {
     return {
         .layer_count = 2, .head_begin = GetParam().head_begin, .head_count = GetParam().head_count};
   }
-  const KvGeometry geometry_ = SomeGeometry();
+  const KvGeometry geometry_ = SomeGeometry(GetParam().dtype);
   const std::string memory_ = SomeBytes(static_cast<size_t>(geometry_.chunk_bytes()));
 };
 
@@ -173,7 +183,15 @@ INSTANTIATE_TEST_SUITE_P(
         RunCase{{200, 184}, 0, 3, 6},  // cut front, the last head goes on in a whole page
         RunCase{{200, 100}, 1, 1, 4},  // both ends cut
         RunCase{{130, 20}, 0, 3, 6},   // inside of one page
-        RunCase{{127, 1}, 2, 1, 2}));  // one token
+        RunCase{{127, 1}, 2, 1, 2},    // one token
+        // The same with scales in front of every page.
+        RunCase{{0, 512}, 0, 3, 1, DType::kF8E4M3}, RunCase{{256, 128}, 0, 3, 1, DType::kF8E4M3},
+        RunCase{{0, 256}, 0, 1, 8, DType::kF8E4M3},    // K's scale, V's, K, V
+        RunCase{{0, 256}, 1, 2, 8, DType::kF8E4M3},    //
+        RunCase{{0, 300}, 0, 3, 6, DType::kF8E4M3},    // the scales go on in the first head
+        RunCase{{200, 184}, 0, 3, 7, DType::kF8E4M3},  // those of a cut front do not
+        RunCase{{200, 100}, 1, 1, 8, DType::kF8E4M3}, RunCase{{130, 20}, 0, 3, 7, DType::kF8E4M3},
+        RunCase{{127, 1}, 2, 1, 4, DType::kF8E4M3}));
 
 class ChunkFrameSizeTest : public ::testing::TestWithParam<int64_t> {};
 

@@ -22,17 +22,11 @@ class DetachedTest : public ServerTest {
     options_.host_kv_bytes = 64 << 20;  // a chunk has 1 MiB at hand and holds 64 KiB
   }
 
-  // The KV that Prefill ships.
+  // The KV that Prefill ships. Nothing of it stays in the cache.
   std::string Attached(v1::PrefillRequest request) {
     request.clear_detached();
-    const CallResult result = Run(request);
-    EXPECT_TRUE(result.status.ok()) << result.status.error_message();
-    KvImage image(result.responses[1].manifest(), request.skip_tokens());
-    for (const v1::PrefillResponse& response : result.responses) {
-      if (response.has_chunk()) image.Place(response.chunk());
-    }
-    EXPECT_TRUE(image.complete());
-    return image.bytes();
+    request.set_prefix_reuse(v1::PREFIX_REUSE_NONE);
+    return ImageOf(Run(request)).bytes();
   }
 
   KvImage NewImage(const v1::PrefillRequest& request) {
@@ -118,23 +112,24 @@ TEST_F(DetachedTest, FetchBeforeWhileAndAfterComputeBringsTheSame) {
   const v1::PrefillRequest request = DetachedPrompt(500);
   const std::string expected = Attached(request);
   const auto stub = NewStub();
-  auto barrier = std::make_unique<Barrier>(backend_, "Attention", 2);
-  OpenCall first(stub.get(), Prompt(10));
-  barrier->WaitUntilReached();
+  v1::PrefillRequest before = Prompt(10);
+  before.set_priority(100);
+  Barrier in_first(backend_, "Attention", 2);
+  OpenCall first(stub.get(), before);
+  in_first.WaitUntilReached();
   OpenCall prefill(stub.get(), request);  // waits behind the first
   const std::string fetch_id = prefill.Read().accepted().fetch_id();
   KvImage early_image = NewImage(request), late_image = NewImage(request),
           image = NewImage(request);
   OpenFetch early(stub.get(), fetch_id, {});
-  barrier->Open();
+  Barrier in_prefill(backend_, "Attention", 2);  // the first one is in that layer already
+  in_first.Open();
   EXPECT_TRUE(first.Finish().status.ok());
-
-  barrier = std::make_unique<Barrier>(backend_, "Attention", 2);
-  barrier->WaitUntilReached();
+  in_prefill.WaitUntilReached();
   OpenFetch meanwhile(stub.get(), fetch_id, {});
   meanwhile.ReadChunks(1, &image);  // although compute stands still
   early.ReadChunks(1, &early_image);
-  barrier->Open();
+  in_prefill.Open();
   EXPECT_TRUE(early.Finish(&early_image).status.ok());
   EXPECT_TRUE(meanwhile.Finish(&image).status.ok());
   EXPECT_TRUE(prefill.Finish().status.ok());

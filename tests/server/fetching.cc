@@ -1,24 +1,47 @@
 #include "tests/server/fetching.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "server/rpc/chunk_frame.h"
 
 namespace headstart::testing {
 namespace {
 
-constexpr int64_t kElementBytes = 4;  // the tests' KV is f32
+// The tests compute in f32.
+int64_t ElementBytes(const v1::KvLayout& layout) {
+  return layout.dtype() == v1::KV_DTYPE_FP8_E4M3 ? 1 : 4;
+}
 
 }  // namespace
 
 KvImage::KvImage(const v1::KvManifest& manifest, int64_t skip_tokens)
-    : heads_(manifest.layout().num_kv_heads()),
+    : is_fp8_(manifest.layout().dtype() == v1::KV_DTYPE_FP8_E4M3),
+      heads_(manifest.layout().num_kv_heads()),
       tokens_(manifest.num_tokens() - skip_tokens),
-      row_(manifest.layout().head_dim() * kElementBytes),
+      row_(manifest.layout().head_dim() * ElementBytes(manifest.layout())),
       skip_(skip_tokens) {
   const int64_t rows = int64_t{manifest.layout().num_layers()} * 2 * heads_ * tokens_;
   bytes_.assign(static_cast<size_t>(rows * row_), '\0');
   seen_.assign(static_cast<size_t>(rows), false);
+  if (!is_fp8_) return;
+  const int64_t pages = NumBlocks(manifest.num_tokens()) - skip_ / kBlockTokens;
+  scales_.assign(static_cast<size_t>(manifest.layout().num_layers() * pages * 2 * heads_), 0.0f);
+}
+
+size_t KvImage::PlaceScales(const v1::KvChunk& chunk, int64_t page, size_t from) {
+  const size_t bytes = chunk.kv_head_count() * sizeof(float);  // of K or V
+  if (from + 2 * bytes > chunk.data().size()) {
+    ADD_FAILURE() << "no scales of page " << page;
+    return 0;
+  }
+  const int64_t pages = NumBlocks(skip_ + tokens_) - skip_ / kBlockTokens;
+  const int64_t place = chunk.layer() * pages + page - skip_ / kBlockTokens;
+  for (const int64_t plane : {0, 1}) {
+    const int64_t first = (place * 2 + plane) * heads_ + chunk.kv_head_begin();
+    std::memcpy(scales_.data() + first, chunk.data().data() + from + plane * bytes, bytes);
+  }
+  return 2 * bytes;
 }
 
 void KvImage::Place(const v1::KvChunk& chunk) {
@@ -27,9 +50,15 @@ void KvImage::Place(const v1::KvChunk& chunk) {
   const ByteRun data(reinterpret_cast<const std::byte*>(chunk.data().data()), chunk.data().size());
   EXPECT_EQ(chunk.crc32c(), ChunkCrc32c(header, {data}));
   size_t from = 0;
+  size_t scale_bytes = 0;
   const int64_t end = chunk.token_begin() + chunk.token_count();
   for (int64_t token = chunk.token_begin(); token < end;) {
     const int64_t page_end = std::min<int64_t>(end, (token / kBlockTokens + 1) * kBlockTokens);
+    if (is_fp8_) {
+      const size_t bytes = PlaceScales(chunk, token / kBlockTokens, from);
+      from += bytes;
+      scale_bytes += bytes;
+    }
     for (int64_t plane = 0; plane < 2; ++plane) {
       for (int64_t head = 0; head < chunk.kv_head_count(); ++head) {
         for (int64_t t = token; t < page_end; ++t) {
@@ -48,7 +77,21 @@ void KvImage::Place(const v1::KvChunk& chunk) {
     token = page_end;
   }
   EXPECT_EQ(from, chunk.data().size());
-  placed_ += from;
+  placed_ += from - scale_bytes;
+}
+
+KvImage ImageOf(const CallResult& result) {
+  EXPECT_TRUE(result.status.ok()) << result.status.error_message();
+  v1::KvManifest manifest;
+  for (const v1::PrefillResponse& response : result.responses) {
+    if (response.has_manifest()) manifest = response.manifest();
+  }
+  KvImage image(manifest, manifest.skip_tokens());
+  for (const v1::PrefillResponse& response : result.responses) {
+    if (response.has_chunk()) image.Place(response.chunk());
+  }
+  EXPECT_TRUE(image.complete());
+  return image;
 }
 
 v1::PrefillRequest DetachedPrompt(int64_t count, const std::vector<v1::KvPart>& readers) {

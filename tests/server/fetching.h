@@ -22,14 +22,24 @@ class KvImage {
   void Place(const v1::KvChunk& chunk);
   // What came, all layers and heads: [layer][K, V][head][token][dim]; zeros where nothing did.
   const std::string& bytes() const { return bytes_; }
+  // Of fp8: [layer][page][K, V][head], the first page that of the first token that comes.
+  const std::vector<float>& scales() const { return scales_; }
   bool complete() const { return placed_ == bytes_.size(); }
 
  private:
+  // The scales in front of a page; the bytes that they have.
+  size_t PlaceScales(const v1::KvChunk& chunk, int64_t page, size_t from);
+
+  const bool is_fp8_;
   int64_t heads_, tokens_, row_, skip_;
   std::string bytes_;
   std::vector<bool> seen_;  // by row
+  std::vector<float> scales_;
   size_t placed_ = 0;
 };
+
+// Of a call that ended well and carried all KV that its manifest promises.
+KvImage ImageOf(const CallResult& result);
 
 // A prompt whose KV is fetched; `readers` are announced.
 v1::PrefillRequest DetachedPrompt(int64_t count, const std::vector<v1::KvPart>& readers = {});

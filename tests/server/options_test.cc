@@ -175,6 +175,8 @@ TEST_F(OptionsTest, ValidatesWhatFlagsAloneCanNotSay) {
                 StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(flag)));
   };
   expect_refused([](ServerOptions& o) { o.piece_tokens = 1000; }, "--piece-tokens");
+  expect_refused([](ServerOptions& o) { o.batch_tokens = 1000; }, "--batch-tokens");
+  expect_refused([](ServerOptions& o) { o.batch_tokens = 8192 + 128; }, "--batch-tokens");
   expect_refused([](ServerOptions& o) { o.max_deadline = absl::Seconds(1); }, "--default-deadline");
   expect_refused([](ServerOptions& o) { o.max_lease = absl::Seconds(1); }, "--default-lease");
   expect_refused([](ServerOptions& o) { o.fetch_address = "10.0.0.7"; }, "--fetch-address");

@@ -1,6 +1,7 @@
 // What a server answers to good and bad requests.
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <string>
 
 #include "tests/server/raw_call.h"
@@ -76,7 +77,7 @@ TEST_F(RequestTest, PartsOfTheTimeAddUpToTheTotal) {
   };
   const int64_t sum = nanoseconds(s.queue()) + nanoseconds(s.selection()) +
                       nanoseconds(s.attention()) + nanoseconds(s.other_compute()) +
-                      nanoseconds(s.exposed_transfer());
+                      nanoseconds(s.exposed_transfer()) + nanoseconds(s.gave_way());
   EXPECT_NEAR(sum, nanoseconds(s.total()), 1000);
   EXPECT_GT(nanoseconds(s.attention()), 0);
   EXPECT_GT(nanoseconds(s.other_compute()), 0);
@@ -119,6 +120,28 @@ TEST_F(RequestTest, RefusesAnotherKvDtype) {
   ExpectInvalid(request, "kv_dtype");
   request.set_kv_dtype(v1::KV_DTYPE_F32);
   EXPECT_TRUE(Run(request).status.ok());
+}
+
+TEST_F(RequestTest, ShipsFp8ToWhoAsksForIt) {
+  v1::GetServerInfoResponse info;
+  grpc::ClientContext context;
+  ASSERT_TRUE(NewStub()->GetServerInfo(&context, v1::GetServerInfoRequest(), &info).ok());
+  ASSERT_EQ(info.kv_dtypes_size(), 2);
+  EXPECT_EQ(info.kv_dtypes(0), v1::KV_DTYPE_F32);
+  EXPECT_EQ(info.kv_dtypes(1), v1::KV_DTYPE_FP8_E4M3);
+
+  v1::PrefillRequest request = Prompt(300);
+  request.set_kv_dtype(v1::KV_DTYPE_FP8_E4M3);
+  const CallResult result = Run(request);
+  ASSERT_TRUE(result.status.ok()) << result.status.error_message();
+  EXPECT_EQ(result.responses[1].manifest().layout().dtype(), v1::KV_DTYPE_FP8_E4M3);
+  uint64_t bytes = 0;
+  for (const v1::PrefillResponse& response : result.responses) {
+    bytes += response.chunk().data().size();
+  }
+  const uint64_t scales = uint64_t{3} * model_.num_layers * 2 * model_.num_kv_heads * 4;  // 3 pages
+  EXPECT_EQ(bytes, 300u * 1024u / 4 + scales);
+  EXPECT_EQ(CompletedOf(result.responses.back()).kv_bytes(), bytes);
 }
 
 TEST_F(RequestTest, RefusesBadRequestIds) {
@@ -224,17 +247,71 @@ TEST_F(RequestTest, RefusesLargeTransferParams) {
   ExpectInvalid(request, "transfer_params");
 }
 
+TEST_F(RequestTest, RefusesBadPriorities) {
+  v1::PrefillRequest request = Prompt(3);
+  for (const int32_t priority :
+       {101, -101, std::numeric_limits<int32_t>::max(), std::numeric_limits<int32_t>::min()}) {
+    request.set_priority(priority);
+    ExpectInvalid(request, "priority");
+    EXPECT_THAT(Run(request).status.error_message(),
+                HasSubstr("priority=" + std::to_string(priority) + " is not in [-100, 100]"));
+  }
+  for (const int32_t priority : {100, -100}) {
+    request.set_priority(priority);
+    EXPECT_TRUE(Run(request).status.ok());
+  }
+}
+
+TEST_F(RequestTest, RefusesLongSalts) {
+  v1::PrefillRequest request = Prompt(3);
+  request.set_cache_salt(std::string(65, '\xff'));
+  ExpectInvalid(request, "cache_salt");
+  EXPECT_EQ(Run(request).status.error_message(), "cache_salt has 65 bytes, limit 64");
+  request.set_cache_salt(std::string(64, '\xff'));
+  EXPECT_TRUE(Run(request).status.ok());
+}
+
+TEST_F(RequestTest, RefusesAnUnknownPrefixReuse) {
+  v1::PrefillRequest request = Prompt(3);
+  request.set_prefix_reuse(static_cast<v1::PrefixReuse>(7));
+  ExpectInvalid(request, "prefix_reuse");
+  EXPECT_EQ(Run(request).status.error_message(), "prefix_reuse=7 is not a way to reuse prefixes");
+}
+
+TEST_F(RequestTest, RefusesHeldPagesThatAreNoNames) {
+  v1::PrefillRequest request = Prompt(3);
+  request.set_held_pages(std::string(33, 'x'));
+  ExpectInvalid(request, "held_pages");
+  EXPECT_EQ(Run(request).status.error_message(), "held_pages has 33 bytes, not a multiple of 16");
+  request.set_prefix_reuse(v1::PREFIX_REUSE_NONE);
+  ExpectInvalid(request, "held_pages");
+}
+
+TEST_F(RequestTest, RefusesHeldPagesBehindADenseStart) {
+  v1::PrefillRequest request = Prompt(600);
+  request.mutable_attention()->set_preset(v1::ATTENTION_PRESET_FAST);
+  request.mutable_attention()->set_dense_below_tokens(100);
+  request.set_held_pages(std::string(16, 'x'));
+  request.set_prefix_reuse(v1::PREFIX_REUSE_DENSE);
+  ExpectInvalid(request, "held_pages");
+  EXPECT_EQ(Run(request).status.error_message(),
+            "held_pages: behind dense pages sparse ones have no names to be held by");
+  request.mutable_attention()->set_dense_below_tokens(600);
+  EXPECT_TRUE(Run(request).status.ok()) << "all of it is dense";
+}
+
 // ---- below the message
 
 TEST_F(RequestTest, MalformedProtobufIsAnInvalidArgumentAndTheConnectionSurvives) {
   const auto channel = NewChannel();
-  for (const char* method :
-       {"Prefill", "FetchKv", "RenewLease", "ReleaseKv", "GetModelInfo", "GetServerInfo"}) {
+  for (const char* method : {"Prefill", "FetchKv", "RenewLease", "ReleaseKv", "GetModelInfo",
+                             "GetServerInfo", "Estimate", "GetLoads"}) {
     for (const std::string& bytes :
          {std::string("\x1a\x05\x01"), std::string("\xff\xff\xff\xff"),
           std::string("\x0a\x02\xff\xfe")}) {  // truncated; no tag; bad UTF-8 in a string
-      const bool has_string =
-          std::string(method) == "Prefill" || std::string(method) == "GetModelInfo";
+      const bool has_string = std::string(method) == "Prefill" ||
+                              std::string(method) == "GetModelInfo" ||
+                              std::string(method) == "Estimate";
       if (!has_string && bytes[0] == '\x0a') continue;
       const CallResult result = RawCall(channel, method, {bytes});
       EXPECT_EQ(result.status.error_code(), grpc::StatusCode::INVALID_ARGUMENT) << method;
@@ -330,6 +407,8 @@ TEST_F(RequestTest, DescribesTheServer) {
   EXPECT_EQ(info.kv_pool_tokens(), 1024u);
   EXPECT_EQ(info.default_deadline().seconds(), 120);
   EXPECT_EQ(info.piece_tokens(), 8192u);
+  EXPECT_EQ(info.batch_tokens(), 2048u);
+  EXPECT_TRUE(info.prefix_cache());
   EXPECT_GT(info.host_kv_bytes(), 0u);
   EXPECT_EQ(info.default_lease().seconds(), 60);
   EXPECT_EQ(info.max_lease().seconds(), 600);

@@ -104,6 +104,26 @@ TEST_F(TlsTest, OnlyAllowedNamesMayCall) {
                 ->GetModelInfo(&context, {}, &info)
                 .error_code(),
             grpc::StatusCode::PERMISSION_DENIED);
+  const auto estimate = [&](const Identity& identity) {
+    grpc::ClientContext call;
+    v1::EstimateRequest request;
+    request.set_num_tokens(10);
+    v1::EstimateResponse response;
+    const grpc::Status status = v1::PrefillService::NewStub(Channel(Showing(identity)))
+                                    ->Estimate(&call, request, &response);
+    return status.error_code();
+  };
+  const auto loads = [&](const Identity& identity) {
+    grpc::ClientContext call;
+    v1::GetLoadsResponse response;
+    return v1::PrefillService::NewStub(Channel(Showing(identity)))
+        ->GetLoads(&call, {}, &response)
+        .error_code();
+  };
+  EXPECT_EQ(estimate(allowed), grpc::StatusCode::OK);
+  EXPECT_EQ(loads(allowed), grpc::StatusCode::OK);
+  EXPECT_EQ(estimate(denied), grpc::StatusCode::PERMISSION_DENIED);
+  EXPECT_EQ(loads(denied), grpc::StatusCode::PERMISSION_DENIED);
 }
 
 TEST_F(TlsTest, DetachedKvIsForTheCertificateThatAskedForIt) {

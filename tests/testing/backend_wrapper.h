@@ -65,6 +65,7 @@ class BackendWrapper : public Backend {
   }
   absl::Status Attention(const AttentionArgs& args) override { return inner_->Attention(args); }
   absl::Status SwiGlu(Matrix gate_up, Matrix out) override { return inner_->SwiGlu(gate_up, out); }
+  absl::Status QuantizeKv(const QuantizeKvArgs& args) override { return inner_->QuantizeKv(args); }
   absl::StatusOr<HostBuffer> AllocateHost(int64_t bytes) override {
     return inner_->AllocateHost(bytes);
   }

@@ -161,6 +161,11 @@ absl::Status FaultBackend::SwiGlu(Matrix gate_up, Matrix out) {
   return After("SwiGlu", out);
 }
 
+absl::Status FaultBackend::QuantizeKv(const QuantizeKvArgs& args) {
+  HEADSTART_RETURN_IF_ERROR(BeforeInLayer("QuantizeKv", LayerOf(args.kv.pages), 0));
+  return inner().QuantizeKv(args);
+}
+
 absl::StatusOr<HostBuffer> FaultBackend::AllocateHost(int64_t bytes) {
   HEADSTART_RETURN_IF_ERROR(Before("AllocateHost", bytes));
   return inner().AllocateHost(bytes);

@@ -70,6 +70,7 @@ class FaultBackend : public BackendWrapper {
   absl::Status RopeAndStoreKv(const RopeArgs& args) override;
   absl::Status Attention(const AttentionArgs& args) override;
   absl::Status SwiGlu(Matrix gate_up, Matrix out) override;
+  absl::Status QuantizeKv(const QuantizeKvArgs& args) override;
   absl::StatusOr<HostBuffer> AllocateHost(int64_t bytes) override;
   absl::StatusOr<std::unique_ptr<PendingCopy>> CopyOut(absl::Span<const HostCopy> copies) override;
   absl::StatusOr<BackendTimes> TakeTimes() override;

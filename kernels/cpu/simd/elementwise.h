@@ -2,6 +2,7 @@
 // sums and products are fp32, results are rounded once.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "kernels/base/dtype.h"
@@ -98,9 +99,49 @@ bool AllFinite(const void* in, int64_t n) {
   return bad == 0;
 }
 
+inline uint32_t FloatBits(float x) { return std::bit_cast<uint32_t>(x); }
+inline uint32_t FloatBits(BFloat16 x) { return static_cast<uint32_t>(x.bits) << 16; }
+
+// The nearest E4M3 number, ties to even, at most 448 in magnitude. NaN becomes 0x7f. Without
+// branches, so that it runs in lanes.
+inline uint8_t ToFloat8E4M3(float x) {
+  constexpr uint32_t kInfinity = 0x7f800000u;
+  constexpr uint32_t kMax = std::bit_cast<uint32_t>(kMaxFloat8E4M3);
+  constexpr uint32_t kLeastNormal = std::bit_cast<uint32_t>(0x1p-6f);
+  constexpr float kUnitIs2ToMinus9 = 0x1p14f;  // sums with it are rounded to E4M3's subnormals
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t capped = magnitude < kMax ? magnitude : kMax;
+  // The exponent's bias falls from 127 to 7, the mantissa from 23 bits to 3.
+  const uint32_t normal = ((capped + 0x7ffffu + ((capped >> 20) & 1u)) >> 20) - (120u << 3);
+  const uint32_t subnormal =
+      std::bit_cast<uint32_t>(std::bit_cast<float>(capped) + kUnitIs2ToMinus9) -
+      std::bit_cast<uint32_t>(kUnitIs2ToMinus9);
+  const uint32_t number = (capped < kLeastNormal ? subnormal : normal) | ((bits >> 24) & 0x80u);
+  return static_cast<uint8_t>(magnitude > kInfinity ? 0x7fu : number);
+}
+
+template <typename T>
+float Quantize(const void* in, int64_t n, uint8_t* out) {
+  const T* x = static_cast<const T*>(in);
+  uint32_t largest = 0;  // magnitudes are ordered as their bits
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t magnitude = FloatBits(x[i]) & 0x7fffffffu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  const float scale = std::bit_cast<float>(largest) / kMaxFloat8E4M3;
+  const float divisor = scale > 0.0f ? scale : __builtin_inff();
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = ToFloat8E4M3(std::bit_cast<float>(FloatBits(x[i])) / divisor);
+  }
+  return scale;
+}
+
 template <typename T>
 constexpr ElementKernels ElementKernelsFor() {
-  return {RmsNorm<T>, RopeHead<T>, SwiGlu<T>, ToFloatRow<T>, AllFinite<T>};
+  return {RmsNorm<T>, RopeHead<T>, SwiGlu<T>, ToFloatRow<T>, AllFinite<T>, Quantize<T>};
 }
 
 }  // namespace

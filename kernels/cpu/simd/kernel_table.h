@@ -28,6 +28,8 @@ struct ElementKernels {
   void (*swiglu)(const void* gate, const void* up, int64_t n, void* out);
   void (*to_float)(const void* in, int64_t n, float* out);
   bool (*all_finite)(const void* in, int64_t n);
+  // A head of a page to E4M3 numbers, see Backend::QuantizeKv; returns the scale. in, out: [n].
+  float (*quantize)(const void* in, int64_t n, uint8_t* out);
 };
 
 // Attention of up to kBlockTokens query rows of one head over listed key blocks.

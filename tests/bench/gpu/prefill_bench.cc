@@ -3,13 +3,19 @@
 //
 //   prefill_bench MODEL_DIR --tokens N … [--density D …] [--preset NAME …] [--gamma G …]
 //                 [--piece N] [--host-bytes N] [--repeat N] [--device NAME] [--prompt FILE]
-//                 [--dump FILE] [--trace FILE]
+//                 [--dump FILE] [--trace FILE] [--at-once N] [--batch N] [--against N]
+//                 [--fastest 1]
 //
 // A density of 0 is dense attention; others force every head's budget, with g = H, s = 16 (the
 // selection itself runs in full). A preset runs as it is; a gamma is that of `balanced`. One JSON
 // object a run on standard output. The prompt is the first tokens of FILE (int32 ids, as they lie
 // in memory), or the ids (i * 7919 + 13) mod vocab_size. --trace: the last run once more, with what
-// ran on the GPU written to FILE (kernel_trace.h).
+// ran on the GPU written to FILE (kernel_trace.h). --fastest: with
+// BackendOptions::fastest_products.
+//
+// --at-once: instead, N dense prompts of each --tokens, which the engine gets together, then one
+// after the other, then as many tokens in one prompt of --against (8192): tokens/s of the three,
+// and their ratios. A line a repeat. --batch: EngineOptions::batch_tokens.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -64,7 +70,8 @@ struct Attention {
 
 struct Arguments {
   std::string model_dir, dump_file, trace_file, prompt_file, device = "cuda";
-  int64_t piece = 8192, host_bytes = 0, repeat = 1;
+  int64_t piece = 8192, host_bytes = 0, repeat = 1, at_once = 0, batch = 0, against = 8192;
+  bool fastest = false;
   std::vector<int64_t> tokens;
   std::vector<Attention> attentions;
 };
@@ -79,6 +86,10 @@ Arguments Parse(int argc, char** argv) {
     if (name == "--piece") arguments.piece = std::atoll(value);
     if (name == "--host-bytes") arguments.host_bytes = std::atoll(value);
     if (name == "--repeat") arguments.repeat = std::atoll(value);
+    if (name == "--at-once") arguments.at_once = std::atoll(value);
+    if (name == "--batch") arguments.batch = std::atoll(value);
+    if (name == "--against") arguments.against = std::atoll(value);
+    if (name == "--fastest") arguments.fastest = std::atoll(value) != 0;
     if (name == "--device") arguments.device = value;
     if (name == "--dump") arguments.dump_file = value;
     if (name == "--trace") arguments.trace_file = value;
@@ -162,6 +173,70 @@ absl::Status RunOnce(Engine& engine, const Arguments& arguments, int64_t tokens,
   return absl::OkStatus();
 }
 
+// Submits `count` dense prompts together and waits for all. Returns tokens per second.
+absl::StatusOr<double> RunTogether(Engine& engine, const Arguments& arguments, int64_t count,
+                                   int64_t tokens) {
+  std::vector<PrefillRequest> requests(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    PrefillRequest& request = requests[static_cast<size_t>(i)];
+    HEADSTART_ASSIGN_OR_RETURN(request.token_ids,
+                               MakePrompt(arguments, tokens, engine.config().vocab_size));
+    request.token_ids[0] = static_cast<int32_t>(i);  // no prompt is the start of another
+    request.request_id = absl::StrCat("prompt ", i);
+  }
+  const Stopwatch stopwatch;
+  std::vector<Submission> submissions;
+  for (PrefillRequest& request : requests) {
+    HEADSTART_ASSIGN_OR_RETURN(submissions.emplace_back(), engine.Submit(std::move(request)));
+  }
+  for (const Submission& submission : submissions) {
+    HEADSTART_RETURN_IF_ERROR(testing::Drain(*submission.reader, nullptr).status());
+  }
+  const double seconds = stopwatch.seconds();
+  for (const Submission& submission : submissions) {
+    engine.End(submission.key, absl::CancelledError("measured"));
+  }
+  return static_cast<double>(count * tokens) / seconds;
+}
+
+absl::Status RunAtOnce(Engine& engine, const Arguments& arguments, int64_t tokens) {
+  const int64_t count = arguments.at_once;
+  HEADSTART_ASSIGN_OR_RETURN(const double together, RunTogether(engine, arguments, count, tokens));
+  const Stopwatch stopwatch;
+  for (int64_t i = 0; i < count; ++i) {
+    HEADSTART_RETURN_IF_ERROR(RunTogether(engine, arguments, 1, tokens).status());
+  }
+  const double alone = static_cast<double>(count * tokens) / stopwatch.seconds();
+  HEADSTART_ASSIGN_OR_RETURN(const double one,
+                             RunTogether(engine, arguments, 1, arguments.against));
+  std::printf(
+      "{\"prompts\": %lld, \"tokens\": %lld, \"piece\": %lld, \"against\": %lld, \"together\": "
+      "%.0f, \"alone\": %.0f, \"one\": %.0f, \"together_over_alone\": %.3f, "
+      "\"together_over_one\": %.3f}\n",
+      static_cast<long long>(count), static_cast<long long>(tokens),
+      static_cast<long long>(arguments.piece), static_cast<long long>(arguments.against), together,
+      alone, one, together / alone, together / one);
+  std::fflush(stdout);
+  return absl::OkStatus();
+}
+
+absl::Status RunAllAtOnce(Engine& engine, const Arguments& arguments) {
+  for (const int64_t tokens : arguments.tokens) {
+    for (int64_t r = 0; r < arguments.repeat; ++r) {
+      HEADSTART_RETURN_IF_ERROR(RunAtOnce(engine, arguments, tokens));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// What many prompts at once need beside what one needs.
+void MakeRoomForAll(const Arguments& arguments, EngineOptions& options) {
+  const int64_t longest = NumBlocks(options.max_prompt_tokens) * kBlockTokens;
+  options.max_prompt_tokens = std::max(options.max_prompt_tokens, arguments.against);
+  options.kv_pool_tokens = std::max(options.max_prompt_tokens, arguments.at_once * longest);
+  options.max_requests = arguments.at_once;
+}
+
 absl::Status Run(const Arguments& arguments) {
   EngineOptions options;
   options.model_dir = arguments.model_dir;
@@ -169,9 +244,13 @@ absl::Status Run(const Arguments& arguments) {
   options.max_prompt_tokens = *std::max_element(arguments.tokens.begin(), arguments.tokens.end());
   options.piece_tokens = arguments.piece;
   options.host_kv_bytes = arguments.host_bytes;
+  options.backend.fastest_products = arguments.fastest;
+  options.batch_tokens = arguments.batch;
+  if (arguments.at_once > 0) MakeRoomForAll(arguments, options);
   HEADSTART_ASSIGN_OR_RETURN(auto backend, MakeBackend(options.backend));
   HEADSTART_ASSIGN_OR_RETURN(const auto engine, testing::MakeEngine(options, std::move(backend)));
   engine->Open();
+  if (arguments.at_once > 0) return RunAllAtOnce(*engine, arguments);
   for (const int64_t tokens : arguments.tokens) {
     for (const Attention& attention : arguments.attentions) {
       for (int64_t r = 0; r < arguments.repeat; ++r) {
@@ -196,7 +275,7 @@ int main(int argc, char** argv) {
         stderr,
         "usage: prefill_bench MODEL_DIR --tokens N ... [--density D ...] [--preset NAME ...] "
         "[--gamma G ...] [--piece N] [--host-bytes N] [--repeat N] [--prompt FILE] [--dump FILE] "
-        "[--trace FILE]\n");
+        "[--trace FILE] [--at-once N [--batch N] [--against N]] [--fastest 1]\n");
     return 2;
   }
   const absl::Status status = headstart::Run(arguments);

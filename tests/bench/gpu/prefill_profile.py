@@ -22,6 +22,7 @@ PARTS = {
     "SwiGLU": r"SwiGlu",
     "RMSNorm": r"RmsNorm",
     "RoPE, KV to pages": r"RopeKvWrite",
+    "KV to fp8": r"QuantizeKv",
     "other": r"Embedding|memset|copy",
 }
 

@@ -11,6 +11,7 @@ added, the rate, and the cores that server and client kept busy while the reques
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -51,6 +52,7 @@ class Server:
                    str(longest), "--piece-tokens", str(arguments.piece), "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--port-file", ports]
         if arguments.host_bytes:
             command += ["--host-kv-bytes", str(arguments.host_bytes)]
+        command += shlex.split(arguments.serve)
         self.process = subprocess.Popen(command, stderr=self.log)
         began = time.time()
         while not os.path.exists(ports):
@@ -120,6 +122,7 @@ def main():
     parser.add_argument("--fetch-alone", action="store_true", help="fetch when all is computed: ms and GB/s of the fetch, no engine")
     parser.add_argument("--runs", type=int, default=4, help="of every case, behind the first")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--serve", default="", metavar="FLAGS", help="more flags of headstart serve")
     parser.add_argument("--json", help="file for all results")
     arguments = parser.parse_args()
     named = arguments.cases or ["1024:dense", "8192:dense", "32768:0.1", "131072:0.1"]
@@ -133,7 +136,7 @@ def main():
     for tokens, attention in cases:
         for connections in arguments.connections or [0]:
             result = client_row(arguments, server, tokens, attention, connections)
-            first, rest = result["ttft_seconds"]["all"][0] * 1e3, result["ttft_seconds"]["all"][1:]
+            first, rest = result["all_kv_seconds"]["all"][0] * 1e3, result["all_kv_seconds"]["all"][1:]
             client = statistics.median(rest) * 1e3
             engine, density = alone.get((tokens, attention), (float("nan"), result["density"]))
             # Of the fetch alone: KV of the prompt over its time; else what the whole run moved.

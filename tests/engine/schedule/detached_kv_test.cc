@@ -21,7 +21,7 @@ class DetachedKvTest : public SchedulerTest {
   static std::vector<KvPart> Whole() { return {WholeKv(SmallOptions().geometry)}; }
 
   PrefillRequest WithLease(const std::string& id, absl::Duration lease) {
-    PrefillRequest request = Detached(id, 10);
+    PrefillRequest request = Detached(id, 200);
     request.detached->lease = lease;
     return request;
   }
@@ -56,7 +56,7 @@ TEST_F(DetachedKvTest, LeavesRoomForAPieceOfOthers) {
   EXPECT_TRUE(RetryAfter(refused).has_value());
   EXPECT_EQ(scheduler_->load().inflight_requests, 1);
   const Admitted flows = MustAdd(Request("flows", kPiece));
-  EXPECT_THAT(RunAll(), ElementsAre(kept.key, kept.key, kept.key, flows.key));
+  EXPECT_THAT(RunAll(), ElementsAre(flows.key, kept.key, kept.key, kept.key));
   scheduler_->End(flows.key, absl::CancelledError("shipped"));
   ASSERT_OK(scheduler_->Release("kept", kNobody));
   EXPECT_OK(Add(Detached("more", 1)));
@@ -118,7 +118,7 @@ TEST_F(DetachedKvTest, LeaseBeginsWhenThePromptIsComputed) {
   EXPECT_EQ(scheduler_->load().leases, 0);
   RunAll();
   EXPECT_EQ(scheduler_->load().leases, 1);
-  EXPECT_EQ(scheduler_->load().lease_tokens, 10);
+  EXPECT_EQ(scheduler_->load().lease_tokens, 200);
   EXPECT_EQ(scheduler_->Expire(now_), now_ + absl::Seconds(5));
   Pass(absl::Seconds(5) - absl::Nanoseconds(1));
   scheduler_->Expire(now_);

@@ -29,8 +29,8 @@ TEST_F(DeadlineTest, TellsWhenToComeAgain) {
 }
 
 TEST_F(DeadlineTest, EndsARequestInTheQueueWhileAnotherComputes) {
-  const Admitted a = MustAdd(Request("a", 10));
-  const Admitted b = MustAdd(Until(Request("b", 10), absl::Seconds(1)));
+  const Admitted a = MustAdd(Request("a", 200));
+  const Admitted b = MustAdd(Until(Request("b", 200), absl::Seconds(1)));
   const std::optional<Step> step = scheduler_->Next(now_);
   Pass(absl::Seconds(1) - absl::Nanoseconds(1));
   scheduler_->Expire(now_);

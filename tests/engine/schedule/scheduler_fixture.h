@@ -22,7 +22,8 @@ namespace headstart {
 inline SchedulerOptions SmallOptions() {
   return {
       .geometry = {.num_layers = 2, .heads = {.num_heads = 4, .num_kv_heads = 2, .head_dim = 8}},
-      .piece_tokens = 512};
+      .piece_tokens = 512,
+      .batch_tokens = 256};
 }
 inline constexpr int64_t kPiece = 512;
 inline constexpr int64_t kPieceChunks = 8;
@@ -55,6 +56,11 @@ class SchedulerTest : public ::testing::Test {
     return request;
   }
 
+  static PrefillRequest Prioritised(PrefillRequest request, int32_t priority) {
+    request.priority = priority;
+    return request;
+  }
+
   // Keeps its KV; announces `readers`.
   static PrefillRequest Detached(const std::string& id, int64_t num_tokens,
                                  std::vector<KvPart> readers = {}) {
@@ -74,26 +80,37 @@ class SchedulerTest : public ::testing::Test {
     return admitted.ok() ? *admitted : Admitted();
   }
 
-  // The key of the request that is in the step; 0 without one.
+  // The keys of the requests that are in the step.
+  static std::vector<uint64_t> KeysOf(const std::optional<Step>& step) {
+    std::vector<uint64_t> keys;
+    if (!step.has_value()) return keys;
+    for (const Piece& piece : step->pieces) keys.push_back(piece.request);
+    return keys;
+  }
+  // The first of them; 0 without a step.
   static uint64_t KeyOf(const std::optional<Step>& step) {
     return step.has_value() ? step->pieces[0].request : 0;
   }
 
-  // Publishes the KV of the step and finishes it; the piece took `seconds`.
+  // Publishes the KV of the step and finishes it; it took `seconds`.
   void Finish(Step& step, double seconds = 0.01) {
-    PublishAll(step.pieces[0]);
-    PieceResult result;
-    result.result.compute_seconds = seconds;
-    scheduler_->Finish(step, {result}, now_);
+    StepResult results;
+    for (Piece& piece : step.pieces) {
+      PublishAll(piece);
+      PieceResult& result = results.emplace_back();
+      result.result.compute_seconds = seconds;
+      if (piece.keep_state) result.state = std::make_shared<const SlotState>(1);
+    }
+    scheduler_->Finish(step, std::move(results), now_);
   }
   void Fail(const Step& step, absl::Status why) {
-    scheduler_->Finish(step, {{std::move(why), {}}}, now_);
+    scheduler_->Finish(step, StepResult(step.pieces.size(), {std::move(why), {}, {}}), now_);
   }
-  // Runs steps until none can. Returns the keys in their order.
+  // Runs steps until none can. Returns the keys of all pieces in their order.
   std::vector<uint64_t> RunAll() {
     std::vector<uint64_t> keys;
     while (std::optional<Step> step = scheduler_->Next(now_)) {
-      keys.push_back(KeyOf(step));
+      for (const uint64_t key : KeysOf(step)) keys.push_back(key);
       Finish(*step);
     }
     return keys;

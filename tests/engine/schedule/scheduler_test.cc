@@ -25,11 +25,11 @@ TEST_F(SchedulerTest, NothingRunsWithoutRequests) {
   EXPECT_EQ(scheduler_->Expire(now_), absl::InfiniteFuture());
 }
 
-TEST_F(SchedulerTest, FirstComeFirstComputedToTheEnd) {
+TEST_F(SchedulerTest, WhatTakesLeastGoesFirst) {
   const uint64_t a = MustAdd(Request("a", 3 * kPiece)).key;
   const uint64_t b = MustAdd(Request("b", 10)).key;
   const uint64_t c = MustAdd(Request("c", kPiece)).key;
-  EXPECT_THAT(RunAll(), ElementsAre(a, a, a, b, c));
+  EXPECT_THAT(RunAll(), ElementsAre(b, c, a, a, a));
 }
 
 TEST_F(SchedulerTest, CutsAPromptIntoPieces) {
@@ -47,7 +47,7 @@ TEST_F(SchedulerTest, CutsAPromptIntoPieces) {
     EXPECT_EQ(piece.num_tokens(), i < 2 ? kPiece : 100);
     EXPECT_EQ(piece.token_ids[0], i * kPiece);
     EXPECT_EQ(piece.prompt_tokens, 2 * kPiece + 100);
-    EXPECT_EQ(piece.starts_prompt(), i == 0);
+    EXPECT_EQ(piece.starts_slot, i == 0);
     EXPECT_EQ(piece.ends_prompt, i == 2);
     EXPECT_EQ(piece.pages.size(), 9);  // of the whole prompt
     EXPECT_EQ(piece.chunks.size(), i < 2 ? 4 : 1);
@@ -71,10 +71,8 @@ TEST_F(SchedulerTest, PieceSaysWhatTheRequestAskedFor) {
   std::optional<Step> step = scheduler_->Next(now_);
   EXPECT_EQ(step->pieces[0].attention, nullptr);
   EXPECT_EQ(step->pieces[0].sampling->seed, 5);
-  Finish(*step);
-  step = scheduler_->Next(now_);
-  ASSERT_NE(step->pieces[0].attention, nullptr);
-  EXPECT_EQ(step->pieces[0].attention->stride, 8);
+  ASSERT_NE(step->pieces[1].attention, nullptr);
+  EXPECT_EQ(step->pieces[1].attention->stride, 8);
 }
 
 TEST_F(SchedulerTest, SkippedTokensAreComputedAndNotShipped) {
@@ -139,8 +137,8 @@ TEST_F(SchedulerTest, StartsNoMoreThanTheSlots) {
   options.num_slots = 2;
   Make(options, {.host_chunks = 2 * kPieceChunks});
   // Both first pieces fill the host memory: two requests between their first and last piece.
-  const Admitted a = MustAdd(Request("a", 3 * kPiece));
-  const Admitted b = MustAdd(Request("b", 2 * kPiece));
+  const Admitted a = MustAdd(Prioritised(Request("a", 3 * kPiece), 2));
+  const Admitted b = MustAdd(Prioritised(Request("b", 2 * kPiece), 1));
   const Admitted c = MustAdd(Request("c", 10));
   const auto a_reader = Reader(a), b_reader = Reader(b);
   EXPECT_THAT(RunAll(), ElementsAre(a.key, a.key));
@@ -153,11 +151,11 @@ TEST_F(SchedulerTest, StartsNoMoreThanTheSlots) {
 }
 
 TEST_F(SchedulerTest, WaitsForPagesOfTheDeviceAndIsNotOvertaken) {
-  Make(SmallOptions(), {.pages = 10, .host_chunks = kPieceChunks});
-  const Admitted a = MustAdd(Request("a", 2 * kPiece));
-  const Admitted b = MustAdd(Request("b", 3 * kBlockTokens));
-  const Admitted c = MustAdd(Request("c", 10));  // would fit
-  const auto reader = Reader(a);
+  Make(SmallOptions(), {.pages = 11, .host_chunks = kPieceChunks});
+  const Admitted a = MustAdd(Prioritised(Request("a", 2 * kPiece), 2));
+  const Admitted b = MustAdd(Prioritised(Request("b", kPiece), 1));
+  const Admitted c = MustAdd(Request("c", 257));  // would fit
+  const auto reader = Reader(a), b_reader = Reader(b);
   EXPECT_THAT(RunAll(), ElementsAre(a.key));  // waits for room, has 8 of the pages
   Take(*reader, 4);
   EXPECT_THAT(RunAll(), IsEmpty());
@@ -166,7 +164,9 @@ TEST_F(SchedulerTest, WaitsForPagesOfTheDeviceAndIsNotOvertaken) {
   EXPECT_EQ(KeyOf(step), a.key);
   Finish(*step);
   Take(*reader, kPieceChunks);
-  EXPECT_THAT(RunAll(), ElementsAre(b.key, c.key));
+  EXPECT_THAT(RunAll(), ElementsAre(b.key));
+  Take(*b_reader, kPieceChunks);
+  EXPECT_THAT(RunAll(), ElementsAre(c.key));
 }
 
 // ---- room in host memory
@@ -191,9 +191,38 @@ TEST_F(SchedulerTest, RequestWithoutRoomIsNotInTheNextStep) {
   EXPECT_EQ(std::get<ShipmentReader::Ended>(event).result->room_wait_seconds, 3);
 }
 
+TEST_F(SchedulerTest, RequestWithoutRoomTakesNoPages) {
+  Make(SmallOptions(), {.host_chunks = kPieceChunks});
+  const Admitted a = MustAdd(Request("a", kPiece));
+  const auto reader = Reader(a);
+  EXPECT_EQ(RunAll().size(), 1);
+  const Admitted b = MustAdd(Request("b", kPiece));
+  EXPECT_THAT(RunAll(), IsEmpty());
+  EXPECT_EQ(scheduler_->load().waiting_for_room, 1);
+  EXPECT_EQ(pages_->free_pages(), pages_->num_pages());
+  Take(*reader, kPieceChunks);
+  EXPECT_THAT(RunAll(), ElementsAre(b.key));
+}
+
+// Then nobody who keeps KV is in its way.
+TEST_F(SchedulerTest, RequestThatLacksTheDeviceDoesNotWaitForRoom) {
+  SchedulerOptions options = SmallOptions();
+  options.num_slots = 1;
+  Make(options, {.host_chunks = 2 * kPieceChunks});
+  const Admitted a = MustAdd(Request("a", 3 * kPiece));
+  const auto reader = Reader(a);
+  EXPECT_EQ(RunAll().size(), 2);
+  MustAdd(Prioritised(Request("b", kPiece), 1));
+  EXPECT_FALSE(scheduler_->Next(now_).has_value());
+  EXPECT_EQ(scheduler_->load().waiting_for_room, 2);  // a with its third piece, and b
+  Take(*reader, kPieceChunks);
+  EXPECT_EQ(KeyOf(scheduler_->Next(now_)), a.key);  // b lacks the slot
+  EXPECT_EQ(scheduler_->load().waiting_for_room, 0);
+}
+
 TEST_F(SchedulerTest, RequestThatWaitsForItsOwnReaderIsOvertaken) {
   Make(SmallOptions(), {.host_chunks = 2 * kPieceChunks});
-  const Admitted slow = MustAdd(Request("slow", 3 * kPiece));
+  const Admitted slow = MustAdd(Prioritised(Request("slow", 3 * kPiece), 1));
   const Admitted other = MustAdd(Request("other", 10));
   const auto reader = Reader(slow);
   EXPECT_THAT(RunAll(), ElementsAre(slow.key, slow.key));
@@ -206,8 +235,8 @@ TEST_F(SchedulerTest, RequestThatWaitsForOthersIsNotOvertaken) {
   const Admitted a = MustAdd(Request("a", 2 * kPiece));
   const auto reader = Reader(a);
   EXPECT_EQ(RunAll().size(), 2);
-  const Admitted b = MustAdd(Request("b", kPiece));
-  const Admitted c = MustAdd(Request("c", 10));
+  const Admitted b = MustAdd(Prioritised(Request("b", kPiece), 1));
+  const Admitted c = MustAdd(Request("c", 257));
   Take(*reader, kPieceChunks - 1);  // enough for c, not for b
   EXPECT_THAT(RunAll(), IsEmpty());
   Take(*reader, 1);
@@ -217,13 +246,13 @@ TEST_F(SchedulerTest, RequestThatWaitsForOthersIsNotOvertaken) {
 // What the request holds itself leaves room for its next piece: it waits for others only.
 TEST_F(SchedulerTest, RequestWithAnUntakenRestIsNotOvertakenEither) {
   Make(SmallOptions(), {.host_chunks = 2 * kPieceChunks});
-  const Admitted a = MustAdd(Request("a", 2 * kPiece));
+  const Admitted a = MustAdd(Prioritised(Request("a", 2 * kPiece), 1));
   const auto a_reader = Reader(a);
   std::optional<Step> step = scheduler_->Next(now_);
   Finish(*step);
   Take(*a_reader, kPieceChunks - 1);  // a holds one chunk, nothing else is held
   std::vector<HostChunk> others = host_->Take(kPieceChunks + 1, 99);
-  const Admitted c = MustAdd(Request("c", 10));
+  const Admitted c = MustAdd(Request("c", 257));
   EXPECT_FALSE(scheduler_->Next(now_).has_value());
   others.pop_back();
   others.pop_back();
@@ -233,8 +262,8 @@ TEST_F(SchedulerTest, RequestWithAnUntakenRestIsNotOvertakenEither) {
 // ---- the end
 
 TEST_F(SchedulerTest, QueuedRequestThatIsEndedNeverRuns) {
-  const Admitted a = MustAdd(Request("a", 10));
-  const Admitted b = MustAdd(Request("b", 10));
+  const Admitted a = MustAdd(Request("a", 200));
+  const Admitted b = MustAdd(Request("b", 200));
   const std::optional<Step> step = scheduler_->Next(now_);
   scheduler_->End(b.key, Cancelled());
   EXPECT_EQ(EndOf(b), Cancelled());
@@ -287,7 +316,7 @@ TEST_F(SchedulerTest, ComputedRequestGivesItsKvBackAtItsEnd) {
 TEST_F(SchedulerTest, FailedPieceEndsItsRequestOnly) {
   for (const absl::Status& why :
        {NonFiniteError("layer 1"), absl::ResourceExhaustedError("no memory")}) {
-    const Admitted a = MustAdd(Request("a", 3 * kPiece));
+    const Admitted a = MustAdd(Prioritised(Request("a", 3 * kPiece), 1));
     const Admitted b = MustAdd(Request("b", 10));
     std::optional<Step> step = scheduler_->Next(now_);
     Finish(*step);

@@ -18,8 +18,8 @@ using testing::StatusIs;
 constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
 
 // Four layers of two KV heads.
-constexpr KvGeometry kGeometry = {.num_layers = 4,
-                                  .heads = {.num_heads = 4, .num_kv_heads = 2, .head_dim = 8}};
+constexpr KvGeometry kPartGeometry = {.num_layers = 4,
+                                      .heads = {.num_heads = 4, .num_kv_heads = 2, .head_dim = 8}};
 
 KvPart Layers(int32_t begin, int32_t count) {
   return {.layer_begin = begin, .layer_count = count, .head_count = 2};
@@ -29,24 +29,24 @@ KvPart Heads(int32_t begin, int32_t count) {
   return {.layer_count = 4, .head_begin = begin, .head_count = count};
 }
 
-KvPart Stripe(KvPart part, int32_t index, int32_t count) {
+KvPart PartOfStripe(KvPart part, int32_t index, int32_t count) {
   part.stripe_index = index;
   part.stripe_count = count;
   return part;
 }
 
 TEST(KvGeometryTest, CountsBytes) {
-  EXPECT_EQ(kGeometry.token_bytes(), 2 * 2 * 8 * 2);
-  EXPECT_EQ(kGeometry.page_bytes(), 128 * 64);
+  EXPECT_EQ(kPartGeometry.token_bytes(), 2 * 2 * 8 * 2);
+  EXPECT_EQ(kPartGeometry.page_bytes(), 128 * 64);
   EXPECT_EQ(ChunkPages(512 << 10), 2);
   EXPECT_EQ(ChunkPages(96 << 10), 10);
   EXPECT_EQ(ChunkPages(3 << 20), 1);
 }
 
 TEST(KvPartTest, WholeKvIsEverything) {
-  const KvPart whole = WholeKv(kGeometry);
-  EXPECT_OK(CheckPart(whole, kGeometry));
-  EXPECT_OK(CheckCoverage({whole}, kGeometry));
+  const KvPart whole = WholeKv(kPartGeometry);
+  EXPECT_OK(CheckPart(whole, kPartGeometry));
+  EXPECT_OK(CheckCoverage({whole}, kPartGeometry));
   EXPECT_TRUE(whole.HasLayer(0));
   EXPECT_TRUE(whole.HasLayer(3));
   EXPECT_FALSE(whole.HasLayer(4));
@@ -55,65 +55,74 @@ TEST(KvPartTest, WholeKvIsEverything) {
 }
 
 TEST(KvPartTest, MustLieInsideTheModel) {
-  EXPECT_OK(CheckPart(Layers(3, 1), kGeometry));
+  EXPECT_OK(CheckPart(Layers(3, 1), kPartGeometry));
   for (const auto& [begin, count] : {std::pair{-1, 2}, {0, 0}, {0, 5}, {3, 2}, {4, 1}, {1, -1}}) {
-    EXPECT_THAT(CheckPart(Layers(begin, count), kGeometry),
+    EXPECT_THAT(CheckPart(Layers(begin, count), kPartGeometry),
                 StatusIs(kInvalid, HasSubstr("layer_begin=")));
   }
-  EXPECT_OK(CheckPart(Heads(1, 1), kGeometry));
+  EXPECT_OK(CheckPart(Heads(1, 1), kPartGeometry));
   for (const auto& [begin, count] : {std::pair{-1, 1}, {0, 0}, {0, 3}, {2, 1}}) {
-    EXPECT_THAT(CheckPart(Heads(begin, count), kGeometry),
+    EXPECT_THAT(CheckPart(Heads(begin, count), kPartGeometry),
                 StatusIs(kInvalid, HasSubstr("kv_head_begin=")));
   }
 }
 
 TEST(KvPartTest, StripeMustBeOneOfItsCount) {
-  EXPECT_OK(CheckPart(Stripe(WholeKv(kGeometry), 63, 64), kGeometry));
+  EXPECT_OK(CheckPart(PartOfStripe(WholeKv(kPartGeometry), 63, 64), kPartGeometry));
   for (const auto& [index, count] : {std::pair{1, 1}, {-1, 2}, {0, 0}, {0, -1}, {0, 65}}) {
-    EXPECT_THAT(CheckPart(Stripe(WholeKv(kGeometry), index, count), kGeometry),
+    EXPECT_THAT(CheckPart(PartOfStripe(WholeKv(kPartGeometry), index, count), kPartGeometry),
                 StatusIs(kInvalid, HasSubstr("stripe_index=")));
   }
 }
 
 TEST(CoverageTest, StripesHeadsAndLayersTogether) {
-  const KvPart whole = WholeKv(kGeometry);
-  EXPECT_OK(CheckCoverage({Heads(0, 1), Heads(1, 1)}, kGeometry));
-  EXPECT_OK(CheckCoverage({Layers(0, 1), Layers(1, 3)}, kGeometry));
+  const KvPart whole = WholeKv(kPartGeometry);
+  EXPECT_OK(CheckCoverage({Heads(0, 1), Heads(1, 1)}, kPartGeometry));
+  EXPECT_OK(CheckCoverage({Layers(0, 1), Layers(1, 3)}, kPartGeometry));
+  EXPECT_OK(CheckCoverage(
+      {PartOfStripe(whole, 2, 3), PartOfStripe(whole, 0, 3), PartOfStripe(whole, 1, 3)},
+      kPartGeometry));
   EXPECT_OK(
-      CheckCoverage({Stripe(whole, 2, 3), Stripe(whole, 0, 3), Stripe(whole, 1, 3)}, kGeometry));
-  EXPECT_OK(CheckCoverage({Stripe(Heads(0, 1), 0, 2), Stripe(Heads(0, 1), 1, 2), Heads(1, 1)},
-                          kGeometry));
-  EXPECT_OK(CheckCoverage({Stripe(Layers(0, 2), 0, 2), Stripe(Layers(0, 2), 1, 2), Layers(1, 3)},
-                          kGeometry));
+      CheckCoverage({PartOfStripe(Heads(0, 1), 0, 2), PartOfStripe(Heads(0, 1), 1, 2), Heads(1, 1)},
+                    kPartGeometry));
+  EXPECT_OK(CheckCoverage(
+      {PartOfStripe(Layers(0, 2), 0, 2), PartOfStripe(Layers(0, 2), 1, 2), Layers(1, 3)},
+      kPartGeometry));
 }
 
 TEST(CoverageTest, NamesTheGap) {
-  const KvPart whole = WholeKv(kGeometry);
-  const auto gap = [](std::vector<KvPart> readers) { return CheckCoverage(readers, kGeometry); };
+  const KvPart whole = WholeKv(kPartGeometry);
+  const auto gap = [](std::vector<KvPart> readers) {
+    return CheckCoverage(readers, kPartGeometry);
+  };
   EXPECT_THAT(gap({}), StatusIs(kInvalid, HasSubstr("layer 0, KV head 0")));
   EXPECT_THAT(gap({Heads(0, 1)}), StatusIs(kInvalid, HasSubstr("layer 0, KV head 1")));
   EXPECT_THAT(gap({Layers(0, 2), Layers(3, 1)}),
               StatusIs(kInvalid, HasSubstr("layer 2, KV head 0")));
-  EXPECT_THAT(gap({Stripe(whole, 0, 3), Stripe(whole, 2, 3)}),
+  EXPECT_THAT(gap({PartOfStripe(whole, 0, 3), PartOfStripe(whole, 2, 3)}),
               StatusIs(kInvalid, HasSubstr("layer 0, KV head 0")));
-  EXPECT_THAT(gap({Stripe(whole, 1, 2)}), StatusIs(kInvalid, HasSubstr("layer 0, KV head 0")));
+  EXPECT_THAT(gap({PartOfStripe(whole, 1, 2)}),
+              StatusIs(kInvalid, HasSubstr("layer 0, KV head 0")));
   // Stripes of one count only, and of the same layers: others number chunks otherwise.
-  EXPECT_THAT(gap({Stripe(whole, 0, 2), Stripe(whole, 1, 4), Stripe(whole, 3, 4)}),
-              StatusIs(kInvalid));
-  EXPECT_THAT(gap({Stripe(whole, 0, 2), Stripe(Layers(0, 2), 1, 2), Stripe(Layers(2, 2), 1, 2)}),
+  EXPECT_THAT(
+      gap({PartOfStripe(whole, 0, 2), PartOfStripe(whole, 1, 4), PartOfStripe(whole, 3, 4)}),
+      StatusIs(kInvalid));
+  EXPECT_THAT(gap({PartOfStripe(whole, 0, 2), PartOfStripe(Layers(0, 2), 1, 2),
+                   PartOfStripe(Layers(2, 2), 1, 2)}),
               StatusIs(kInvalid));
   // A head is whole only where every stripe has it.
-  EXPECT_THAT(gap({Stripe(whole, 0, 2), Stripe(Heads(0, 1), 1, 2)}),
+  EXPECT_THAT(gap({PartOfStripe(whole, 0, 2), PartOfStripe(Heads(0, 1), 1, 2)}),
               StatusIs(kInvalid, HasSubstr("KV head 1")));
 }
 
 TEST(CoverageTest, EveryReaderMustBeGood) {
-  EXPECT_THAT(CheckCoverage({WholeKv(kGeometry), Layers(4, 1)}, kGeometry),
+  EXPECT_THAT(CheckCoverage({WholeKv(kPartGeometry), Layers(4, 1)}, kPartGeometry),
               StatusIs(kInvalid, HasSubstr("layer_begin=4")));
-  EXPECT_THAT(CheckCoverage({Heads(0, 1), Heads(1, 1), Heads(0, 1)}, kGeometry),
+  EXPECT_THAT(CheckCoverage({Heads(0, 1), Heads(1, 1), Heads(0, 1)}, kPartGeometry),
               StatusIs(kInvalid, HasSubstr("readers[2] is the same part as readers[0]")));
-  const std::vector<KvPart> many(65, WholeKv(kGeometry));
-  EXPECT_THAT(CheckCoverage(many, kGeometry), StatusIs(kInvalid, HasSubstr("65 parts, limit 64")));
+  const std::vector<KvPart> many(65, WholeKv(kPartGeometry));
+  EXPECT_THAT(CheckCoverage(many, kPartGeometry),
+              StatusIs(kInvalid, HasSubstr("65 parts, limit 64")));
 }
 
 std::vector<std::pair<int64_t, int64_t>> Cut(int64_t first, int64_t count, int64_t skip,

@@ -19,12 +19,12 @@ namespace {
 
 using Keep = Shipment::Keep;
 
-constexpr int32_t kLayers = 4;
-constexpr int32_t kStripes = 3;
+constexpr int32_t kStressLayers = 4;
+constexpr int32_t kStressStripes = 3;
 constexpr int64_t kPieces = 100;
-constexpr uint64_t kOwner = 1;
-constexpr KvGeometry kGeometry = {.num_layers = kLayers,
-                                  .heads = {.num_heads = 4, .num_kv_heads = 2, .head_dim = 8}};
+constexpr uint64_t kStressOwner = 1;
+constexpr KvGeometry kStressGeometry = {
+    .num_layers = kStressLayers, .heads = {.num_heads = 4, .num_kv_heads = 2, .head_dim = 8}};
 
 // What a reader's thread or compute waits for.
 class Bell {
@@ -49,8 +49,8 @@ class Bell {
 class ShipmentStress {
  public:
   ShipmentStress(Keep keep, std::vector<KvPart> announced, int64_t host_chunks)
-      : pages_(nullptr, kGeometry.chunk_bytes(), host_chunks),
-        shipment_(std::make_shared<Shipment>(kGeometry, keep, std::move(announced))) {
+      : pages_(nullptr, kStressGeometry.chunk_bytes(), host_chunks),
+        shipment_(std::make_shared<Shipment>(kStressGeometry, keep, std::move(announced))) {
     pages_.NotifyRoom([this] { room_.Ring(); });
   }
 
@@ -58,10 +58,10 @@ class ShipmentStress {
   void Compute() {
     shipment_->Start();
     for (int64_t i = 0; i < kPieces && !closed_; ++i) {
-      std::vector<HostChunk> memory = pages_.Take(kLayers, kOwner);
+      std::vector<HostChunk> memory = pages_.Take(kStressLayers, kStressOwner);
       while (memory.empty() && !closed_) {
         room_.Wait();
-        memory = pages_.Take(kLayers, kOwner);
+        memory = pages_.Take(kStressLayers, kStressOwner);
       }
       for (size_t layer = 0; layer < memory.size(); ++layer) {
         shipment_->Publish({static_cast<int32_t>(layer),
@@ -122,19 +122,21 @@ class ShipmentStress {
 
 std::vector<KvPart> Stripes() {
   std::vector<KvPart> parts;
-  for (int32_t i = 0; i < kStripes; ++i) {
-    parts.push_back(
-        {.layer_count = kLayers, .head_count = 2, .stripe_index = i, .stripe_count = kStripes});
+  for (int32_t i = 0; i < kStressStripes; ++i) {
+    parts.push_back({.layer_count = kStressLayers,
+                     .head_count = 2,
+                     .stripe_index = i,
+                     .stripe_count = kStressStripes});
   }
   return parts;
 }
 
 TEST(ShipmentStressTest, StripesFollowComputeThroughAWindow) {
   // Three chunks of each stripe may be unacknowledged: the window is that and one piece.
-  ShipmentStress stress(Keep::kUntilAcknowledged, Stripes(), 3 * kStripes + kLayers);
-  std::vector<std::pair<absl::Status, int64_t>> ends(kStripes);
+  ShipmentStress stress(Keep::kUntilAcknowledged, Stripes(), 3 * kStressStripes + kStressLayers);
+  std::vector<std::pair<absl::Status, int64_t>> ends(kStressStripes);
   std::vector<std::thread> threads;
-  for (int32_t i = 0; i < kStripes; ++i) {
+  for (int32_t i = 0; i < kStressStripes; ++i) {
     threads.emplace_back([&, i] { ends[i] = stress.Read(Stripes()[i], 4); });
   }
   stress.Compute();
@@ -145,14 +147,14 @@ TEST(ShipmentStressTest, StripesFollowComputeThroughAWindow) {
     EXPECT_OK(status);
     chunks += count;
   }
-  EXPECT_EQ(chunks, kPieces * kLayers);
+  EXPECT_EQ(chunks, kPieces * kStressLayers);
   stress.Close(absl::AbortedError("released"));
   EXPECT_EQ(stress.pages().free_chunks(), stress.pages().num_chunks());
 }
 
 TEST(ShipmentStressTest, ReadersComeAndGoWhileItIsClosed) {
   for (int round = 0; round < 20; ++round) {
-    ShipmentStress stress(Keep::kUntilClosed, {}, kPieces * kLayers);
+    ShipmentStress stress(Keep::kUntilClosed, {}, kPieces * kStressLayers);
     std::vector<std::thread> threads;
     for (const KvPart& part : Stripes()) {
       threads.emplace_back([&stress, part] {
@@ -173,13 +175,13 @@ TEST(ShipmentStressTest, ReadersComeAndGoWhileItIsClosed) {
 }
 
 TEST(ShipmentStressTest, OneReaderTakesWhileOthersLook) {
-  ShipmentStress stress(Keep::kUntilTaken, {}, kLayers);
-  const KvPart whole = WholeKv(kGeometry);
+  ShipmentStress stress(Keep::kUntilTaken, {}, kStressLayers);
+  const KvPart whole = WholeKv(kStressGeometry);
   std::atomic<bool> done{false};
   std::thread looker([&] {
     while (!done) {
-      EXPECT_LE(stress.shipment().kept_chunks(), kLayers);
-      EXPECT_LE(stress.pages().held(kOwner), kLayers);
+      EXPECT_LE(stress.shipment().kept_chunks(), kStressLayers);
+      EXPECT_LE(stress.pages().held(kStressOwner), kStressLayers);
     }
   });
   std::thread compute([&] {
@@ -189,10 +191,10 @@ TEST(ShipmentStressTest, OneReaderTakesWhileOthersLook) {
   const auto [status, count] = stress.Read(whole, 0);
   done = true;
   EXPECT_OK(status);
-  EXPECT_EQ(count, kPieces * kLayers);
+  EXPECT_EQ(count, kPieces * kStressLayers);
   compute.join();
   looker.join();
-  EXPECT_EQ(stress.pages().free_chunks(), kLayers);
+  EXPECT_EQ(stress.pages().free_chunks(), kStressLayers);
 }
 
 }  // namespace

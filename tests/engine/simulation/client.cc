@@ -47,9 +47,11 @@ void Client::CheckRefusal(const absl::Status& refused) {
   const ErrorReason reason = ReasonOf(refused);
   ++engine_.model().seen().refusals[reason];
   const bool twice = engine_.model().InFlight(plan_.request.request_id);
-  const bool full = reason == ErrorReason::kQueueFull ||
-                    reason == ErrorReason::kDeadlineUnreachable ||
-                    (reason == ErrorReason::kHostMemoryFull && plan_.request.detached.has_value());
+  const bool full =
+      reason == ErrorReason::kDeadlineUnreachable ||
+      (!engine_.options().calm &&
+       (reason == ErrorReason::kQueueFull ||
+        (reason == ErrorReason::kHostMemoryFull && plan_.request.detached.has_value())));
   const bool expected = engine_.lost() ? reason == ErrorReason::kEngineLost
                         : twice        ? reason == ErrorReason::kDuplicateRequestId
                                        : full;

@@ -4,6 +4,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/schedule/prefix_hits.h"
+#include "engine/schedule/rank.h"
 #include "kernels/base/nonfinite.h"
 #include "kernels/base/status_macros.h"
 #include "tests/engine/simulation/stamp.h"
@@ -16,8 +18,12 @@ HostBuffer NewHostBuffer(int64_t bytes) {
                     {[](void* data) { delete[] static_cast<std::byte*>(data); }});
 }
 
+// What a token is taken to cost before anything is known.
+constexpr absl::Duration kGuessedTokenCost = absl::Microseconds(100);
+
 SchedulerOptions WithMutation(SchedulerOptions options, Mutation mutation) {
   if (mutation == Mutation::kNeverStall) options.stall_timeout = absl::Hours(1);
+  if (mutation == Mutation::kNoAgeing) options.ageing = absl::Hours(1);
   return options;
 }
 
@@ -34,9 +40,12 @@ SimulatedEngine::SimulatedEngine(const EngineOptions& options, Mutation mutation
       timeline_([this] { AfterEvent(); }),
       scheduler_(std::make_unique<Scheduler>(WithMutation(options.scheduler, mutation), &pages_,
                                              &host_, absl::UnavailableError("not open"))),
-      model_(std::make_unique<Model>(options.scheduler, &pages_, &host_, scheduler_.get())),
+      model_(std::make_unique<Model>(options.scheduler, options.calm, &pages_, &host_,
+                                     scheduler_.get())),
+      device_(std::make_unique<Device>(options.num_pages, options.scheduler.num_slots,
+                                       options.scheduler.geometry.num_layers, model_.get())),
       runner_(std::make_unique<PretendRunner>(options.runner, mutation, &random_, &timeline_,
-                                              model_.get(), &host_)) {
+                                              model_.get(), &host_, device_.get())) {
   scheduler_->Open();
 }
 
@@ -52,11 +61,9 @@ void SimulatedEngine::AfterEvent() {
 
 void SimulatedEngine::Run() {
   do {
-    while (std::optional<Step> step = Next()) {
-      if (model_->violation().has_value()) return;
+    while (std::optional<Step> step = Next(nullptr)) {
       RunStep(*std::move(step));
-      Expire();  // a lease may have begun
-      AfterEvent();
+      if (model_->violation().has_value()) return;
     }
     if (!model_->violation().has_value()) model_->CheckIdle(timeline_.now());
     Expire();  // somebody may have begun to wait for room
@@ -64,40 +71,82 @@ void SimulatedEngine::Run() {
   model_->CheckGivenBack();
 }
 
-std::optional<Step> SimulatedEngine::Next() {
-  std::optional<Step> step = scheduler_->Next(timeline_.now());
-  if (!step.has_value()) return step;
-  if (mutation_ == Mutation::kLoseStep && random_.Percent(10)) return std::nullopt;
-  Mutate(*step);
-  model_->Stepped(*step, timeline_.now());
-  const Piece& piece = step->pieces[0];
-  Tell("step of ", piece.request, ": ", piece.num_tokens(), " tokens at ", piece.first_position,
-       ", ", piece.host.size(), " chunks, ", host_.free_chunks(), " free");
+std::optional<Step> SimulatedEngine::Next(const Step* running) {
+  if (model_->violation().has_value()) return std::nullopt;
+  const absl::Time now = timeline_.now();
+  std::optional<Step> step =
+      running == nullptr ? scheduler_->Next(now) : scheduler_->NextUrgent(*running, now);
+  if (mutation_ == Mutation::kLoseStep && running == nullptr && random_.Percent(10)) step.reset();
+  if (step.has_value()) Mutate(*step, running);
+  model_->Asked(step.has_value() ? &*step : nullptr, running, now);
+  if (model_->violation().has_value() || !step.has_value()) return std::nullopt;
+  if (mutation_ == Mutation::kKeepDevicePages && pages_.free_pages() > 0) {
+    kept_.push_back(*pages_.Take(1));
+  }
+  for (const Piece& piece : step->pieces) {
+    Tell(step->urgent ? "urgent: " : "", "step of ", piece.request, ": ", piece.num_tokens(),
+         " tokens at ", piece.first_position, ", ", piece.host.size(), " chunks, ",
+         host_.free_chunks(), " free");
+  }
   return step;
 }
 
-void SimulatedEngine::Mutate(Step& step) {
+void SimulatedEngine::Mutate(Step& step, const Step* running) {
   Piece& piece = step.pieces[0];
   if (mutation_ == Mutation::kRepeatPiece && piece.first_position > 0) {
     piece.first_position -= options_.scheduler.piece_tokens;
+  }
+  const int64_t rest = piece.prompt_tokens - piece.first_position;
+  if (mutation_ == Mutation::kLongPiece && rest > options_.scheduler.piece_tokens) {
+    piece.token_ids = absl::MakeConstSpan(piece.token_ids.data(), rest);
   }
   if (mutation_ == Mutation::kWrongDevicePage && pages_.free_pages() > 0) {
     wrong_pages_.assign(piece.pages.begin(), piece.pages.end());
     wrong_pages_[0] = pages_.Take(1)->pages()[0];
     piece.pages = wrong_pages_;
   }
-  if (mutation_ == Mutation::kKeepDevicePages && piece.ends_prompt && pages_.free_pages() > 0) {
-    kept_.push_back(*pages_.Take(1));
+  if (mutation_ == Mutation::kTwiceAtOnce && running != nullptr) {
+    piece.request = running->pieces[0].request;
   }
 }
 
+// What the runner asks between two layers of a step.
+class SimulatedEngine::BetweenLayers : public UrgentWork {
+ public:
+  BetweenLayers(SimulatedEngine* engine, const Step* running)
+      : engine_(*engine), running_(*running) {}
+
+  std::optional<Step> Next() override { return engine_.Next(&running_); }
+  void Finish(Step step, StepResult result) override {
+    engine_.Finish(std::move(step), std::move(result));
+  }
+
+ private:
+  SimulatedEngine& engine_;
+  const Step& running_;
+};
+
 void SimulatedEngine::RunStep(Step step) {
-  StepResult result = runner_->Run(step);
-  const absl::Status status = result[0].status;
-  Tell("step of ", step.pieces[0].request, " ended: ", Words(status));
+  BetweenLayers urgent(this, &step);
+  StepResult result = runner_->Run(step, &urgent);
+  if (!model_->violation().has_value()) Finish(std::move(step), std::move(result));
+}
+
+void SimulatedEngine::Finish(Step step, StepResult result) {
+  bool lost = false;
+  for (size_t i = 0; i < result.size(); ++i) {
+    const absl::Status& status = result[i].status;
+    Tell("step of ", step.pieces[i].request, " ended: ", Words(status));
+    lost |= status.code() == absl::StatusCode::kInternal && !IsNonFiniteError(status);
+  }
   scheduler_->Finish(step, result, timeline_.now());
   model_->Finished(step, result, timeline_.now());
-  if (status.code() != absl::StatusCode::kInternal || IsNonFiniteError(status)) return;
+  if (lost) LoseBackend();
+  Expire();  // a lease may have begun
+  AfterEvent();
+}
+
+void SimulatedEngine::LoseBackend() {
   Tell("the backend is lost");
   lost_ = true;
   const absl::Status why =
@@ -128,25 +177,53 @@ void SimulatedEngine::PassAnHour() {
 
 // ---- calls
 
+void SimulatedEngine::NamePages(PrefillRequest& request) const {
+  const int64_t pages = NamedTokens(request, options_.scheduler.piece_tokens) / kBlockTokens;
+  const std::string root = request.prefix.cache_root.value_or("");
+  const bool forgets_salt = mutation_ == Mutation::kShareAcrossRoots && !root.empty();
+  request.page_names =
+      HashPages("model", forgets_salt ? root.substr(1) : root, request.token_ids, pages);
+  const int64_t held = CountHeld(request.page_names, request.prefix.held_pages) * kBlockTokens;
+  const int64_t most = (request.num_tokens() - 1) / kBlockTokens * kBlockTokens;
+  request.skip_tokens = std::max(request.skip_tokens, std::min(held, most));
+}
+
+void SimulatedEngine::FillBook(const PrefillRequest& request, RequestBook& book) const {
+  book.id = request.request_id;
+  book.token_ids = request.token_ids;
+  book.names = request.page_names;
+  book.prefix = request.prefix;
+  book.is_sparse = request.attention.enabled;
+  book.priority = request.priority;
+  book.accepted = timeline_.now();
+  book.skip_tokens = request.skip_tokens;
+  book.expiry = request.deadline;
+  book.reserves = request.detached.has_value() && request.detached->readers.empty();
+}
+
 absl::StatusOr<std::unique_ptr<ShipmentReader>> SimulatedEngine::Submit(PrefillRequest request,
                                                                         const std::string& fetch_id,
                                                                         RequestBook* book) {
   const bool detached = request.detached.has_value();
-  book->id = request.request_id;
-  book->num_tokens = request.num_tokens();
-  book->skip_tokens = request.skip_tokens;
-  book->expiry = request.deadline;
-  book->reserves = detached && request.detached->readers.empty();
+  const absl::Time now = timeline_.now();
+  NamePages(request);
+  FillBook(request, *book);
+  if (mutation_ == Mutation::kWrongPriority) request.priority = -request.priority;
+  const Estimate foreseen = scheduler_->Foresee(request, now);
   HEADSTART_ASSIGN_OR_RETURN(const Admitted admitted,
-                             scheduler_->Add(std::move(request), fetch_id, timeline_.now()));
+                             scheduler_->Add(std::move(request), fetch_id, now));
+  const Estimate& estimate = admitted.estimate;
+  if (!foreseen.refusal.ok() || foreseen.ttft() != estimate.ttft()) {
+    model_->Violate(Invariant::kAnswers, absl::StrCat(book->id, " was foreseen otherwise"));
+  }
   book->key = admitted.key;
   book->lease = admitted.lease;
   book->shipment = admitted.shipment;
-  if (mutation_ == Mutation::kSecondFirst) {
-    model_->AcceptedTooLate(book);
-  } else {
-    model_->Accepted(book);
-  }
+  book->predicted_ttft = estimate.ttft();
+  const absl::Duration guess = kGuessedTokenCost * (book->num_tokens() - estimate.cached_tokens);
+  book->latest_start = LatestStart(now, estimate.compute.value_or(guess), book->expiry);
+  model_->CheckEstimate(*book, estimate, now);
+  model_->Accepted(book);
   Expire();
   if (detached) return nullptr;
   return book->shipment->Open(WholeKv(options_.scheduler.geometry), 0);

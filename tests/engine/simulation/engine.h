@@ -29,6 +29,7 @@ struct EngineOptions {
   int64_t num_pages = 0;
   int64_t host_chunks = 0;
   PretendRunner::Options runner;
+  bool calm = false;  // nothing goes wrong, and nothing but compute is scarce
 };
 
 class SimulatedEngine {
@@ -69,9 +70,16 @@ class SimulatedEngine {
  private:
   void AfterEvent();
   void WriteTrace(const std::string& line);
-  std::optional<Step> Next();
-  void Mutate(Step& step);
+  class BetweenLayers;
+  // The scheduler's next step; `running`: the one around it.
+  std::optional<Step> Next(const Step* running);
+  void Mutate(Step& step, const Step* running);
   void RunStep(Step step);
+  void Finish(Step step, StepResult result);
+  void LoseBackend();
+  // As Engine makes of what the client says.
+  void NamePages(PrefillRequest& request) const;
+  void FillBook(const PrefillRequest& request, RequestBook& book) const;
   void Expire();
   void PassAnHour();
   // KV that is fetched or renewed is kept for another lease.
@@ -87,6 +95,7 @@ class SimulatedEngine {
   Timeline timeline_;  // its events hold chunks
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<Model> model_;
+  std::unique_ptr<Device> device_;
   std::unique_ptr<PretendRunner> runner_;
   absl::Time next_expiry_ = absl::InfiniteFuture();
   bool lost_ = false;

@@ -15,8 +15,8 @@ Fetcher::Fetcher(SimulatedEngine* engine, RequestBook* book, const ReaderPlan& p
   const KvGeometry& geometry = options.geometry;
   const int64_t head_bytes = geometry.token_bytes() / geometry.heads.num_kv_heads;
   int64_t in_layers = 0;
-  for (int64_t begin = 0; begin < book_.num_tokens; begin += options.piece_tokens) {
-    const int64_t count = std::min(options.piece_tokens, book_.num_tokens - begin);
+  for (int64_t begin = 0; begin < book_.num_tokens(); begin += options.piece_tokens) {
+    const int64_t count = std::min(options.piece_tokens, book_.num_tokens() - begin);
     for (int32_t layer = 0; layer < geometry.num_layers; ++layer) {
       if (!plan_.part.HasLayer(layer)) continue;
       for (const TokenRange& tokens :
@@ -108,9 +108,10 @@ void Fetcher::Send(ShipmentReader::Chunk chunk) {
 
 // The chunk is off the wire, whoever still listens.
 void Fetcher::Sent(const KvChunk& chunk) {
-  if (ReadStamp(*chunk.memory) != StampOf(book_.key, chunk)) {
-    engine_.model().Violate(Invariant::kParts,
-                            absl::StrCat(book_.id, ": another's bytes on the wire"));
+  const auto content = [&](int64_t page) { return book_.contents[static_cast<size_t>(page)]; };
+  if (ReadStamp(*chunk.memory) != StampOf(chunk, content)) {
+    engine_.model().Violate(Invariant::kContent,
+                            absl::StrCat(book_.id, ": other bytes on the wire than its own"));
   }
   const auto on_wire = book_.on_wire.find(chunk.memory.get());
   if (--on_wire->second == 0) book_.on_wire.erase(on_wire);

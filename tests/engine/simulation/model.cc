@@ -1,20 +1,21 @@
 #include "tests/engine/simulation/model.h"
 
 #include <algorithm>
-#include <iterator>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/schedule/rank.h"
 
 namespace headstart::simulation {
+
 const char* InvariantName(Invariant invariant) {
-  constexpr const char* kNames[] = {"kDevice",   "kHost",    "kOneEnd",   "kPieces",
-                                    "kParts",    "kExpired", "kBusy",     "kOrder",
-                                    "kProgress", "kAnswers", "kGivenBack"};
+  constexpr const char* kNames[] = {"kDevice",  "kHost",     "kOneEnd",   "kPieces",  "kParts",
+                                    "kContent", "kShared",   "kBudget",   "kExpired", "kBusy",
+                                    "kOrder",   "kProgress", "kEstimate", "kAnswers", "kGivenBack"};
   return kNames[static_cast<size_t>(invariant)];
 }
 
-void Model::Violate(Invariant invariant, std::string what) {
+void Model::Violate(Invariant invariant, std::string what) const {
   if (!violation_.has_value()) violation_ = Violation{invariant, std::move(what)};
 }
 
@@ -31,19 +32,14 @@ bool Model::InFlight(const std::string& id) const {
   });
 }
 
-int64_t Model::CountChunks(const RequestBook& request, int64_t begin, int64_t end) const {
+int64_t Model::CountChunks(const RequestBook& request) const {
   int64_t chunks = 0;
-  for (int64_t first = begin; first < end; first += options_.piece_tokens) {
-    const int64_t count = std::min(options_.piece_tokens, end - first);
+  for (int64_t begin = 0; begin < request.num_tokens(); begin += options_.piece_tokens) {
+    const int64_t count = std::min(options_.piece_tokens, request.num_tokens() - begin);
     chunks += static_cast<int64_t>(
-        CutIntoChunks(first, count, request.skip_tokens, options_.geometry.chunk_pages).size());
+        CutIntoChunks(begin, count, request.skip_tokens, options_.geometry.chunk_pages).size());
   }
   return chunks * options_.geometry.num_layers;
-}
-
-int64_t Model::NextChunks(const RequestBook& request) const {
-  const int64_t begin = request.next_position;
-  return CountChunks(request, begin, std::min(begin + options_.piece_tokens, request.num_tokens));
 }
 
 void Model::GiveCauseToAll(ErrorReason cause) {
@@ -52,119 +48,111 @@ void Model::GiveCauseToAll(ErrorReason cause) {
 
 // ---- what happens
 
+void Model::CheckEstimate(RequestBook& request, const Estimate& estimate, absl::Time now) const {
+  int64_t requests = 0, tokens = 0;
+  request.ahead.insert(request.key);
+  for (const RequestBook* other : requests_) {
+    if (!other->live() || other->computed) continue;
+    if (StandingOf(*other, now) > StandingOf(request, now)) continue;
+    request.ahead.insert(other->key);
+    ++requests;
+    tokens += other->num_tokens();
+  }
+  const int64_t found = CountFound(request, 0);
+  if (estimate.requests_ahead != requests || estimate.tokens_ahead != tokens ||
+      estimate.cached_tokens != found) {
+    const bool same_order = estimate.requests_ahead == requests && estimate.tokens_ahead == tokens;
+    Violate(same_order ? Invariant::kAnswers : Invariant::kOrder,
+            absl::StrCat(request.id, ": ", estimate.requests_ahead, " requests of ",
+                         estimate.tokens_ahead, " tokens ahead, ", estimate.cached_tokens,
+                         " found; there are ", requests, ", ", tokens, ", ", found));
+  }
+}
+
 void Model::Accepted(RequestBook* request) {
   request->outcome = *request->shipment->Open(std::nullopt, 0);
-  if (request->reserves) request->reserved = CountChunks(*request, 0, request->num_tokens);
+  if (request->reserves) request->reserved = CountChunks(*request);
+  DescribeContents(*request);
   requests_.push_back(request);
   ++num_accepted_;
 }
 
-void Model::AcceptedTooLate(RequestBook* request) {
-  RequestBook* last = requests_.empty() ? nullptr : requests_.back();
-  Accepted(request);
-  // Two that differ in nothing else.
-  if (last != nullptr && last->waits_for_compute() && last->next_position == 0 &&
-      last->reserves == request->reserves && NextChunks(*last) == NextChunks(*request) &&
-      NumBlocks(last->num_tokens) == NumBlocks(request->num_tokens)) {
-    std::swap(requests_.back(), requests_[requests_.size() - 2]);
+void Model::Asked(const Step* step, const Step* running, absl::Time now) {
+  int64_t free = host_.free_chunks();
+  if (step != nullptr) {
+    CheckStep(*step, running);
+    if (violation_.has_value()) return;
+    for (const Piece& piece : step->pieces) {
+      if (!Find(piece.request)->reserves) free += static_cast<int64_t>(piece.host.size());
+    }
   }
-}
-
-void Model::Stepped(const Step& step, absl::Time now) {
-  if (step.pieces.size() != 1) return Violate(Invariant::kPieces, "not one piece in a step");
-  const Piece& piece = step.pieces[0];
-  RequestBook* request = Find(piece.request);
-  if (request == nullptr || !request->waits_for_compute()) {
-    return Violate(Invariant::kPieces, "a step of a request that does not wait for compute");
+  const std::vector<Turn> turns = ToRun(running, free, now);
+  const size_t num_pieces = step == nullptr ? 0 : step->pieces.size();
+  for (size_t i = 0; i < std::max(turns.size(), num_pieces); ++i) {
+    const std::string turn = i < turns.size() ? turns[i].request->id : "nobody";
+    const std::string runs = i < num_pieces ? Find(step->pieces[i].request)->id : "nobody";
+    if (turn == runs) continue;
+    Violate(step == nullptr && running == nullptr ? Invariant::kBusy : Invariant::kOrder,
+            absl::StrCat(runs, " runs, it was the turn of ", turn));
+    return;
   }
-  const auto num_chunks = static_cast<int64_t>(piece.host.size());
-  const int64_t free = host_.free_chunks() + (request->reserves ? 0 : num_chunks);
-  const RequestBook* next = NextToRun(free);
-  CheckPiece(*request, piece);
-  if (next != request) {
-    Violate(Invariant::kOrder, absl::StrCat(request->id, " runs, it was the turn of ",
-                                            next == nullptr ? "nobody" : next->id));
+  if (pages_.free_pages() != own_pages_.free_pages()) {
+    Violate(Invariant::kOrder, "pages were given to others than those whose turn it was");
   }
-  request->slot = piece.slot;
-  request->pages.assign(piece.pages.begin(), piece.pages.end());
-  request->in_step = true;
-  request->in_hand = num_chunks;
-  if (request->reserves) request->reserved -= num_chunks;
+  if (step == nullptr) return;
+  if (calm_) CheckNobodyForgotten(turns, step->urgent);
+  for (size_t i = 0; i < turns.size(); ++i) {
+    CheckPiece(turns[i], step->pieces[i]);
+    Begin(turns[i], step->pieces[i]);
+  }
+  counts_.pieces += std::ssize(turns);
+  seen_.urgent_steps += step->urgent;
+  seen_.batches += turns.size() > 1;
   progress_ = now;
-}
-
-void Model::CheckPiece(const RequestBook& request, const Piece& piece) {
-  const int64_t begin = request.next_position;
-  const int64_t count = std::min(options_.piece_tokens, request.num_tokens - begin);
-  const std::vector<TokenRange> chunks =
-      CutIntoChunks(begin, count, request.skip_tokens, options_.geometry.chunk_pages);
-  const bool same_chunks =
-      std::equal(chunks.begin(), chunks.end(), piece.chunks.begin(), piece.chunks.end(),
-                 [](const TokenRange& a, const TokenRange& b) {
-                   return a.begin == b.begin && a.count == b.count;
-                 });
-  if (piece.first_position != begin || piece.num_tokens() != count ||
-      piece.prompt_tokens != request.num_tokens ||
-      piece.ends_prompt != (begin + count == request.num_tokens) || !same_chunks ||
-      piece.host.size() != chunks.size() * options_.geometry.num_layers) {
-    Violate(Invariant::kPieces,
-            absl::StrCat(request.id, ": piece at ", piece.first_position, " of ",
-                         piece.num_tokens(), " tokens, expected ", count, " at ", begin));
-  }
-  if (request.slot >= 0 &&
-      (request.slot != piece.slot || !std::equal(request.pages.begin(), request.pages.end(),
-                                                 piece.pages.begin(), piece.pages.end()))) {
-    Violate(Invariant::kDevice, absl::StrCat(request.id, " is elsewhere on the device now"));
-  }
 }
 
 void Model::Finished(const Step& step, const StepResult& result, absl::Time now) {
-  RequestBook* request = Find(step.pieces[0].request);
-  if (request == nullptr) return;
-  request->in_step = false;
   progress_ = now;
-  const bool ended = !request->shipment->Open(std::nullopt, 0).ok();
-  if (!ended && result[0].status.ok()) {
-    request->next_position += step.pieces[0].num_tokens();
-    request->computed = request->next_position == request->num_tokens;
-    seen_.computed += request->computed;
+  ++counts_.steps;
+  counts_.urgent_steps += step.urgent;
+  CountOthersTime(step, absl::Seconds(result[0].result.compute_seconds));
+  for (size_t i = 0; i < step.pieces.size(); ++i) {
+    RequestBook* request = Find(step.pieces[i].request);
+    if (request != nullptr) End(*request, result[i].status.ok(), now);
   }
-  if (!ended && !request->computed) return;
-  LeaveDevice(*request);
-  if (request->computed && request->detached()) request->expiry = now + request->lease;
 }
 
-void Model::LeaveDevice(RequestBook& request) {
-  request.on_device = false;
-  request.slot = -1;
-  request.pages.clear();
-}
-
-const RequestBook* Model::NextToRun(int64_t free) {
-  int64_t slots = options_.num_slots, pages = pages_.num_pages(), room = host_.num_chunks();
-  for (const RequestBook* request : requests_) {
-    if (request->on_device) --slots, pages -= NumBlocks(request->num_tokens);
-    if (request->live() && request->reserves) {
-      room -= CountChunks(*request, 0, request->num_tokens);
-    }
-  }
-  bool may_start = true, may_take_room = true;
+void Model::CountOthersTime(const Step& step, absl::Duration took) {
   for (RequestBook* request : requests_) {
-    if (!request->waits_for_compute()) continue;
-    if (!request->on_device) {
-      const int64_t blocks = NumBlocks(request->num_tokens);
-      may_start = may_start && slots > 0 && blocks <= pages;
-      if (!may_start) continue;
-      request->on_device = true;
-      --slots;
-      pages -= blocks;
+    if (request->computed) continue;
+    int64_t rows = 0, others = 0;
+    for (const Piece& piece : step.pieces) {
+      rows += piece.num_tokens();
+      if (!request->ahead.contains(piece.request)) others += piece.num_tokens();
     }
-    const int64_t needed = NextChunks(*request);
-    if (request->reserves || needed == 0) return request;
-    if (may_take_room && needed <= free) return request;
-    if (host_.held(request->key) + needed <= room) may_take_room = false;
+    // Copying what was found is not predicted.
+    request->others_time += rows == 0 ? took : took * others / rows;
   }
-  return nullptr;
+}
+
+void Model::End(RequestBook& request, bool ok, absl::Time now) {
+  request.in_step = false;
+  const bool ended = !request.shipment->Open(std::nullopt, 0).ok();
+  if (!ended && ok) {
+    Publish(request);
+    request.position = request.pass_end;
+    request.ready = std::max(request.ready, request.pass_end);
+    request.num_computed += request.pass_end - request.pass_begin;
+    request.computed = request.position == request.num_tokens();
+  }
+  if (!ended && !request.computed) return;
+  LeaveDevice(request);
+  if (!request.computed) return;
+  ++seen_.computed;
+  seen_.cached_tokens += request.num_found;
+  counts_.prompt_tokens += request.num_tokens();
+  counts_.cached_tokens += request.num_found;
+  if (request.detached()) request.expiry = now + request.lease;
 }
 
 }  // namespace headstart::simulation

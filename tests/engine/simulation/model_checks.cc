@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstring>
 #include <iterator>
 #include <utility>
 
@@ -12,6 +13,9 @@ namespace {
 constexpr absl::Duration kLookInterval = absl::Milliseconds(100);
 // A reader that was away gets this long until what it takes is seen.
 constexpr absl::Duration kTimeToTake = absl::Seconds(1);
+// How far a prediction may be off in a calm life, beside what came later and went first.
+constexpr double kEstimateFactor = 1.5;
+constexpr absl::Duration kEstimateSlack = absl::Milliseconds(20);
 
 }  // namespace
 
@@ -49,6 +53,9 @@ void Model::LookAtEnd(RequestBook& request, absl::Time now) {
   ShipmentReader::Event event = request.outcome->Next();
   if (std::holds_alternative<ShipmentReader::Started>(event)) event = request.outcome->Next();
   const auto* outcome = std::get_if<ShipmentReader::Ended>(&event);
+  if (outcome != nullptr && outcome->status.ok() && !std::exchange(request.told, true)) {
+    CheckResult(request, *outcome->result);
+  }
   const bool is_right = outcome == nullptr ? request.live() && !request.computed
                         : request.computed ? outcome->status.ok()
                                            : outcome->status == request.end;
@@ -57,10 +64,39 @@ void Model::LookAtEnd(RequestBook& request, absl::Time now) {
   }
 }
 
+// What is told of a computed prompt; at the moment when it was computed.
+void Model::CheckResult(const RequestBook& request, const PrefillResult& result) {
+  if (result.cached_tokens != request.num_found) {
+    Violate(Invariant::kAnswers, absl::StrCat(request.id, ": ", result.cached_tokens,
+                                              " tokens cached, found were ", request.num_found));
+  }
+  const auto names = static_cast<size_t>(
+      request.prefix.keeps_pages ? std::ssize(request.names) : request.num_found / kBlockTokens);
+  if (result.page_hashes.size() != names * sizeof(PageHash) ||
+      std::memcmp(result.page_hashes.data(), request.names.data(), result.page_hashes.size()) !=
+          0) {
+    Violate(Invariant::kAnswers, absl::StrCat(request.id, ": another's page hashes"));
+  }
+  if (!calm_ || !request.predicted_ttft.has_value()) return;
+  const absl::Duration took = result.computed_at - request.accepted;
+  seen_.deadlines_kept += request.expiry < absl::InfiniteFuture();
+  const absl::Duration expected = *request.predicted_ttft + request.others_time;
+  seen_.ttft.push_back(absl::FDivDuration(took, expected));
+  const absl::Duration bound = kEstimateFactor * expected + kEstimateSlack;
+  if (took > bound) {
+    Violate(
+        Invariant::kEstimate,
+        absl::StrCat(request.id, " took ", absl::FormatDuration(took), ", predicted were ",
+                     absl::FormatDuration(*request.predicted_ttft), ", for those that came later ",
+                     absl::FormatDuration(request.others_time)));
+  }
+}
+
 void Model::CheckReason(const RequestBook& request, absl::Time now) {
   const ErrorReason reason = ReasonOf(*request.end);
   ++seen_.ends[reason];
   const bool kept = request.computed && request.detached();
+  seen_.deadlines_missed += calm_ && !request.computed && request.predicted_ttft.has_value();
   const bool expired = request.expiry <= now;
   bool given = request.causes.contains(reason);
   if (reason == ErrorReason::kDeadlineExceeded) given = expired && !kept;
@@ -111,14 +147,14 @@ void Model::CheckLoad() {
     if (!request->live() && !request->in_step) continue;
     num_waiting += request->waits_for_compute();
     ++expected.inflight_requests;
-    expected.inflight_tokens += request->num_tokens;
+    expected.inflight_tokens += request->num_tokens();
     if (!request->live()) continue;
     if (request->computed) {
       expected.leases += request->detached();
-      expected.lease_tokens += request->detached() ? request->num_tokens : 0;
-    } else if (request->slot < 0) {
+      expected.lease_tokens += request->detached() ? request->num_tokens() : 0;
+    } else if (!request->started) {
       ++expected.queued_requests;
-      expected.queued_tokens += request->num_tokens;
+      expected.queued_tokens += request->num_tokens();
     }
   }
   const SchedulerLoad& load = scheduler_.load();
@@ -128,7 +164,9 @@ void Model::CheckLoad() {
       load.queued_requests != expected.queued_requests ||
       load.queued_tokens != expected.queued_tokens || load.waiting_for_room < 0 ||
       load.waiting_for_room > num_waiting || load.acquired != num_accepted_ ||
-      load.released != num_accepted_ - expected.inflight_requests) {
+      load.released != num_accepted_ - expected.inflight_requests || load.steps != counts_.steps ||
+      load.pieces != counts_.pieces || load.urgent_steps != counts_.urgent_steps ||
+      load.prompt_tokens != counts_.prompt_tokens || load.cached_tokens != counts_.cached_tokens) {
     Violate(Invariant::kOneEnd,
             absl::StrCat("load: ", load.inflight_requests, " in flight, ", load.queued_requests,
                          " queued, ", load.leases, " leases; seen ", expected.inflight_requests,
@@ -138,29 +176,26 @@ void Model::CheckLoad() {
 
 void Model::CheckDevice() {
   std::set<int32_t> slots, pages;
-  int64_t num_running = 0, num_pages = 0, in_use = 0;
+  int64_t num_running = 0;
   for (const RequestBook* request : requests_) {
-    if (request->on_device) in_use += NumBlocks(request->num_tokens);
+    const std::vector<int32_t>& own = request->pages.pages();
+    pages.insert(own.begin(), own.end());
     if (request->slot < 0) continue;
     ++num_running;
     slots.insert(request->slot);
-    num_pages += static_cast<int64_t>(request->pages.size());
-    pages.insert(request->pages.begin(), request->pages.end());
   }
-  if (std::ssize(slots) != num_running || std::ssize(pages) != num_pages ||
+  if (std::ssize(slots) != num_running ||
       (num_running > 0 && (*slots.begin() < 0 || *slots.rbegin() >= options_.num_slots))) {
-    Violate(Invariant::kDevice, "two requests share a slot or a page");
+    Violate(Invariant::kDevice, "two requests share a slot");
   }
-  if (in_use != pages_.num_pages() - pages_.free_pages()) {
-    Violate(Invariant::kDevice, absl::StrCat(pages_.free_pages(), " of ", pages_.num_pages(),
-                                             " pages are free, ", in_use, " held"));
-  }
-  // Taken and put back: the pool is as it was.
-  const PageRefs free = *pages_.Take(pages_.free_pages());
-  for (const int32_t page : free.pages()) {
-    if (pages.contains(page)) {
-      Violate(Invariant::kDevice, absl::StrCat("page ", page, " is both free and held"));
-    }
+  if (std::ssize(pages) != pages_.num_pages() - pages_.free_pages() ||
+      pages_.cached_pages() != own_pages_.cached_pages() ||
+      pages_.evicted() != own_pages_.evicted()) {
+    Violate(Invariant::kDevice,
+            absl::StrCat(pages_.free_pages(), " of ", pages_.num_pages(), " pages are free, ",
+                         pages.size(), " held; ", pages_.cached_pages(), " cached and ",
+                         pages_.evicted(), " evicted, of ", own_pages_.cached_pages(), " and ",
+                         own_pages_.evicted()));
   }
 }
 
@@ -184,8 +219,6 @@ void Model::ForgetGone() {
 }
 
 void Model::CheckIdle(absl::Time now) {
-  const RequestBook* next = NextToRun(host_.free_chunks());
-  if (next != nullptr) Violate(Invariant::kBusy, absl::StrCat(next->id, " could run"));
   const bool somebody_waits =
       std::any_of(requests_.begin(), requests_.end(),
                   [](const RequestBook* request) { return request->waits_for_compute(); });

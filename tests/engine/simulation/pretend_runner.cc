@@ -10,50 +10,95 @@
 
 namespace headstart::simulation {
 
-StepResult PretendRunner::Run(Step& step) {
-  StepResult results;
-  for (Piece& piece : step.pieces) {
-    const absl::Time start = timeline_.now();
-    RequestBook& request = *model_.Find(piece.request);
-    PieceResult result;
-    result.status = RunLayers(piece, request);
-    result.result.compute_seconds = absl::ToDoubleSeconds(timeline_.now() - start);
-    result.result.first_token.id = static_cast<int32_t>(piece.request);
-    // What was not used goes back before anyone hears of the end.
-    piece.host.clear();
-    request.in_hand = 0;
-    results.push_back(std::move(result));
+StepResult PretendRunner::Run(Step& step, UrgentWork* urgent) {
+  const absl::Time start = timeline_.now();
+  absl::Duration inside;
+  std::vector<Way> ways = Begin(step);
+  for (int32_t layer = 0; layer < options_.num_layers; ++layer) {
+    RunLayer(ways, layer);
+    model_.Check(timeline_.now());
+    if (urgent != nullptr && layer + 1 < options_.num_layers) inside += RunUrgent(urgent);
   }
+  const absl::Duration took = timeline_.now() - start - inside;
+  StepResult results;
+  for (Way& way : ways) results.push_back(End(way, took));
   return results;
 }
 
-absl::Status PretendRunner::RunLayers(Piece& piece, RequestBook& request) {
-  const bool fails = random_.Between(0, 999) < 10 * options_.failing_percent;
-  const int64_t failing_layer = fails ? random_.Between(0, options_.num_layers - 1) : -1;
-  for (int32_t layer = 0; layer < options_.num_layers; ++layer) {
-    if (piece.cancelled->load()) return CancelledBefore(layer);
-    timeline_.RunUntil(timeline_.now() + options_.layer_time * (1 + NumBlocks(piece.num_tokens())));
-    if (layer == failing_layer) return DrawFailure(request);
-    PublishLayer(piece, layer, request);
-    model_.Check(timeline_.now());
+std::vector<PretendRunner::Way> PretendRunner::Begin(Step& step) {
+  std::vector<Way> ways;
+  for (Piece& piece : step.pieces) {
+    Way way;
+    way.piece = &piece;
+    way.request = model_.Find(piece.request);
+    const bool fails = random_.Between(0, 999) < options_.failing_permille;
+    if (fails) way.failing_layer = random_.Between(0, options_.num_layers - 1);
+    device_.Begin(piece, *way.request);
+    if (mutation_ == Mutation::kOverwriteShared && piece.starts_slot && piece.first_position > 0) {
+      device_.Clear(piece, *way.request, piece.first_position - kBlockTokens);
+    }
+    ways.push_back(std::move(way));
   }
-  return absl::OkStatus();
+  return ways;
 }
 
-absl::Status PretendRunner::DrawFailure(RequestBook& request) {
-  absl::Status status;
-  switch (random_.Between(0, 4)) {
-    case 0:
-      status = absl::InternalError("the device is lost");
-      break;
-    case 1:
-      status = absl::ResourceExhaustedError("out of memory");
-      break;
-    default:
-      status = NonFiniteError("KV is not finite");
+void PretendRunner::RunLayer(std::vector<Way>& ways, int32_t layer) {
+  int64_t blocks = 0;
+  bool any = false;
+  for (Way& way : ways) {
+    if (way.status.ok() && way.piece->cancelled->load()) way.status = CancelledBefore(layer);
+    if (!way.status.ok()) continue;
+    blocks += NumBlocks(way.piece->num_tokens());
+    any = true;
   }
-  request.causes.insert(ReasonOf(status));
-  return status;
+  if (!any) return;
+  timeline_.RunUntil(timeline_.now() + options_.layer_time * (1 + blocks));
+  for (Way& way : ways) {
+    if (way.status.ok() && way.failing_layer == layer) Fail(ways, way);
+    if (!way.status.ok()) continue;
+    device_.RunLayer(*way.piece, *way.request, layer);
+    if (mutation_ == Mutation::kForgetPage && way.piece->num_tokens() > kBlockTokens) {
+      device_.Forget(
+          way.piece->pages[static_cast<size_t>(way.piece->first_position / kBlockTokens)]);
+    }
+    PublishLayer(*way.piece, layer, *way.request);
+  }
+}
+
+absl::Duration PretendRunner::RunUrgent(UrgentWork* urgent) {
+  const absl::Time start = timeline_.now();
+  while (std::optional<Step> step = urgent->Next()) {
+    StepResult result = Run(*step, nullptr);
+    urgent->Finish(*std::move(step), std::move(result));
+  }
+  return timeline_.now() - start;
+}
+
+void PretendRunner::Fail(std::vector<Way>& ways, Way& failing) {
+  const int64_t kind = random_.Between(0, 4);
+  failing.status = kind == 0   ? absl::InternalError("the device is lost")
+                   : kind == 1 ? absl::ResourceExhaustedError("out of memory")
+                               : NonFiniteError("KV is not finite");
+  for (Way& way : ways) {
+    if (kind == 0 && way.status.ok()) way.status = failing.status;
+    if (!way.status.ok()) way.request->causes.insert(ReasonOf(way.status));
+  }
+}
+
+PieceResult PretendRunner::End(Way& way, absl::Duration took) {
+  PieceResult result;
+  result.status = way.status;
+  if (mutation_ == Mutation::kSlowerThanLearned) took /= 4;
+  result.result.compute_seconds = absl::ToDoubleSeconds(took);
+  result.result.first_token.id = static_cast<int32_t>(way.piece->request);
+  if (way.status.ok()) result.state = device_.End(*way.piece);
+  if (mutation_ == Mutation::kWrongState && result.state != nullptr) {
+    std::swap(result.state, last_state_);
+  }
+  // What was not used goes back before anyone hears of the end.
+  way.piece->host.clear();
+  way.request->in_hand = 0;
+  return result;
 }
 
 void PretendRunner::PublishLayer(Piece& piece, int32_t layer, RequestBook& request) {
@@ -80,7 +125,8 @@ void PretendRunner::PublishLayer(Piece& piece, int32_t layer, RequestBook& reque
   }
   for (KvChunk& chunk : chunks) {
     const std::weak_ptr<const HostChunk> memory = chunk.memory;
-    WriteStamp(StampOf(piece.request, chunk), *chunk.memory);
+    const auto content = [&](int64_t page) { return device_.ContentOf(piece, layer, page); };
+    WriteStamp(StampOf(chunk, content), *chunk.memory);
     request.published.push_back(chunk.memory);
     piece.shipment->Publish(std::move(chunk));
     const std::shared_ptr<const HostChunk> alive = memory.lock();

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/schedule/prefix_hits.h"
 #include "tests/engine/simulation/client.h"
 #include "tests/engine/simulation/engine.h"
 #include "tests/engine/simulation/random.h"
@@ -20,7 +21,10 @@ constexpr int64_t kMaxBlocks = 10;  // of a prompt
 class Drawer {
  public:
   Drawer(uint64_t seed, Mutation mutation)
-      : random_(seed), faults_(mutation != Mutation::kForgetExpire), mutation_(mutation) {}
+      : random_(seed),
+        calm_(seed % 5 == 0),
+        faults_(mutation != Mutation::kForgetExpire && !calm_),
+        mutation_(mutation) {}
 
   EngineOptions DrawEngine() {
     EngineOptions options;
@@ -31,19 +35,33 @@ class Drawer {
                                     .head_dim = 8},
                           .chunk_pages = random_.Between(1, 3)};
     scheduler.piece_tokens = kBlockTokens * random_.Between(1, 4);
-    scheduler.num_slots = static_cast<int32_t>(random_.Between(1, 3));
+    piece_tokens_ = scheduler.piece_tokens;
+    scheduler.batch_tokens =
+        kBlockTokens * random_.Between(1, scheduler.piece_tokens / kBlockTokens);
+    scheduler.num_slots = static_cast<int32_t>(random_.Between(1, 6));
     scheduler.max_requests = random_.Between(3, 16);
     scheduler.max_tokens = kBlockTokens * random_.Between(10, 60);
+    scheduler.ageing = random_.Between(Milliseconds(20), absl::Seconds(2));
     scheduler.default_lease = absl::Seconds(3);
     scheduler.max_lease = absl::Seconds(8);
     scheduler.stall_timeout = absl::Seconds(2);
-    options.num_pages = random_.Between(kMaxBlocks, 2 * kMaxBlocks);
+    options.num_pages = random_.Between(kMaxBlocks, 4 * kMaxBlocks);
     const int64_t piece = PieceChunks(scheduler);
     options.host_chunks = piece + random_.Between(0, 3 * piece);
     options.runner = {.num_layers = scheduler.geometry.num_layers,
                       .layer_time = random_.Between(Milliseconds(0.1), Milliseconds(2)),
-                      .failing_percent = faults_ ? random_.Between(0, 2) : 0};
+                      .failing_permille = faults_ ? random_.Between(0, 15) : 0};
+    options.calm = calm_;
+    if (calm_) {
+      scheduler.num_slots = 32;
+      scheduler.max_requests = 100;
+      scheduler.max_tokens = 1 << 20;
+      options.num_pages = 40 * kMaxBlocks;
+      options.host_chunks = 40 * kMaxBlocks * scheduler.geometry.num_layers;
+    }
     geometry_ = scheduler.geometry;
+    num_starts_ = random_.Between(1, 3);
+    num_salts_ = random_.Between(1, 2);
     return options;
   }
 
@@ -72,17 +90,58 @@ class Drawer {
     ClientPlan plan;
     PrefillRequest& request = plan.request;
     request.request_id = id;
-    request.token_ids.resize(random_.Between(1, kMaxBlocks * kBlockTokens));
-    if (random_.Percent(25)) request.skip_tokens = random_.Between(0, request.num_tokens());
-    if (random_.Percent(20)) request.deadline = FromNow(Milliseconds(5), absl::Seconds(3));
-    const int64_t kind = may_detach ? random_.Between(0, 3) : 0;
-    if (kind == 0 || !may_detach) {
+    DrawTokens(request);
+    DrawPrefix(request);
+    if (random_.Percent(25)) request.skip_tokens = random_.Between(0, request.num_tokens() - 1);
+    if (random_.Percent(20)) {
+      request.deadline =
+          FromNow(Milliseconds(5), random_.Percent(50) ? Milliseconds(300) : absl::Seconds(3));
+    }
+    if (random_.Percent(30)) request.priority = static_cast<int32_t>(random_.Between(-2, 2));
+    const int64_t kind = may_detach && !calm_ ? random_.Between(0, 3) : 0;
+    if (kind == 0) {
       DrawAttached(plan);
     } else {
       DrawDetached(plan, kind < 3);
     }
     if (faults_ && random_.Percent(10)) plan.cancel = DrawMoment();
     return plan;
+  }
+
+  // Few starts, so that prompts share pages.
+  void DrawTokens(PrefillRequest& request) {
+    const int64_t most = (random_.Percent(40) ? 3 : kMaxBlocks) * kBlockTokens;
+    request.token_ids.resize(random_.Between(1, most));
+    const auto start = static_cast<int32_t>(random_.Between(0, num_starts_ - 1));
+    const int64_t shared = random_.Percent(70) ? kBlockTokens * random_.Between(1, kMaxBlocks) : 0;
+    const auto own = static_cast<int32_t>(random_.Between(10, 1 << 20));
+    for (int64_t i = 0; i < request.num_tokens(); ++i) {
+      request.token_ids[i] = (i < shared ? start : own) * 64 + static_cast<int32_t>(i % 61);
+    }
+  }
+
+  void DrawPrefix(PrefillRequest& request) {
+    const int64_t kind = random_.Between(0, 9);
+    const std::string salt = absl::StrCat(random_.Between(1, num_salts_));
+    PrefixCaching& prefix = request.prefix;
+    request.attention.enabled = kind >= 5;
+    if (kind != 0 && kind != 5) {  // else it shares nothing
+      prefix.cache_root = absl::StrCat(salt, kind > 6 ? " sparse" : " dense");
+    }
+    prefix.keeps_pages = kind != 6;
+    prefix.any_page = kind <= 4 || kind == 6;
+    if (prefix.keeps_pages && random_.Percent(20)) DrawHeld(request);
+  }
+
+  void DrawHeld(PrefillRequest& request) {
+    const int64_t named = NamedTokens(request, piece_tokens_) / kBlockTokens;
+    std::vector<PageHash> names =
+        HashPages("model", request.prefix.cache_root.value_or(""), request.token_ids, named);
+    names.resize(random_.Between(0, named));
+    names.push_back({});
+    for (const PageHash& name : names) {
+      request.prefix.held_pages.append(name.bytes.begin(), name.bytes.end());
+    }
   }
 
   absl::Time FromNow(absl::Duration low, absl::Duration high) {
@@ -168,9 +227,13 @@ class Drawer {
   }
 
   Random random_;
-  const bool faults_;
+  const bool calm_;    // nothing is scarce but compute
+  const bool faults_;  // clients and device do wrong
   const Mutation mutation_;
   KvGeometry geometry_;
+  int64_t piece_tokens_ = 0;
+  int64_t num_starts_ = 1;
+  int64_t num_salts_ = 1;
 };
 
 }  // namespace

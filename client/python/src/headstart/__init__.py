@@ -6,12 +6,13 @@ from headstart.client import PrefillClient
 from headstart.errors import FieldViolation, HeadstartDataLoss, HeadstartError
 from headstart.kv_memory import KvDestination, KvShape, contiguous
 from headstart.options import Expectation, KvLocation, Part, Tls
-from headstart.result import KvResult, PrefillResult, Statistics, Timing
+from headstart.result import Estimate, KvResult, PrefillResult, Statistics, Timing
 from headstart.transformers_cache import TorchMemory, to_dynamic_cache
 
 __all__ = [
     "Attention",
     "CancelToken",
+    "Estimate",
     "Expectation",
     "FieldViolation",
     "HeadstartDataLoss",

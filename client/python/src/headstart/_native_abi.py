@@ -6,7 +6,8 @@ import ctypes
 import os
 from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_size_t, c_void_p
 
-VERSION = 1
+VERSION = 2
+VALUES_BF16, VALUES_F32 = 1, 2  # of KvDestination.values; 0: as sent
 
 
 class Bytes(Structure):
@@ -72,6 +73,9 @@ class KvDestination(Structure):
         ("head_stride", c_int64),
         ("token_stride", c_int64),
         ("token_begin", c_int64),
+        ("values", c_int32),
+        ("scales", c_void_p),
+        ("num_scales", c_int64),
     ]
 
 
@@ -91,6 +95,8 @@ class Fetch(Structure):
         ("part", Bytes),
         ("num_stripes", c_int32),
         ("skip_tokens", c_int64),
+        ("held_pages", Bytes),
+        ("token_ids", Bytes),
     ]
 
 

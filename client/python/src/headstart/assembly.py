@@ -11,8 +11,9 @@ import numpy as np
 
 from headstart.errors import HeadstartDataLoss, HeadstartError
 from headstart.kv_memory import KvPlanes, KvShape
+from headstart.prefix import AskedPrefix, check_cached_prefix, check_prefix
 from headstart.result import duration_s
-from headstart.sink import KV_DTYPES, KvSink
+from headstart.sink import KV_DTYPES, KvSink, dtype_of_values
 from headstart.v1 import prefill_pb2 as pb
 
 MAX_LAYERS = 1024
@@ -24,10 +25,10 @@ MAX_TOKENS = (1 << 31) - 1
 class KvAssembly:
     """Thread-safe: streams write to different places at the same time, and meet here. Of every stream on_manifest comes first.
 
-    `part` says which layers and heads the streams carry together. `skip_tokens` and `dense` are what the request asked for.
+    `part` says which layers and heads the streams carry together. `asked` is what the request said of the prompt's start.
     """
 
-    def __init__(self, sink: KvSink, part: pb.KvPart, skip_tokens: int = 0, dense: bool = False) -> None:
+    def __init__(self, sink: KvSink, part: pb.KvPart, asked: AskedPrefix = AskedPrefix()) -> None:
         self.sink = sink
         self.part = pb.KvPart()  # its layers and heads, once the manifest has come as ranges that are not empty
         self.part.CopyFrom(part)
@@ -37,8 +38,7 @@ class KvAssembly:
         self.times: dict[str, float] = {}  # of manifest, first_chunk, last_chunk, completed
         self.num_chunks = 0
         self.kv_bytes = 0
-        self._skip_tokens = skip_tokens
-        self._dense = dense
+        self._asked = asked
         self._lock = threading.Lock()
         self._failure: Exception | None = None  # of a callback: none is called again
         self._manifest: pb.KvManifest | None = None
@@ -55,17 +55,18 @@ class KvAssembly:
     def _take_manifest(self, manifest: pb.KvManifest) -> None:
         _check_layout(manifest)
         dense = manifest.attention.algorithm == pb.AttentionProvenance.ALGORITHM_DENSE
-        check(dense or not self._dense, "manifest: attention algorithm is not dense, which the request asked for")
+        check(dense or not self._asked.dense, "manifest: attention algorithm is not dense, which the request asked for")
         self._fill_part(manifest.layout)
-        check(self._skip_tokens < manifest.num_tokens, f"manifest: num_tokens={manifest.num_tokens} are all skipped")
+        check_prefix(manifest, self._asked)
         shape = KvShape(
             num_layers=self.part.layer_count,
             num_kv_heads=self.part.kv_head_count,
-            num_tokens=manifest.num_tokens - self._skip_tokens,
+            num_tokens=manifest.num_tokens - manifest.skip_tokens,
             head_dim=manifest.layout.head_dim,
-            dtype=KV_DTYPES[manifest.layout.dtype],
-            token_begin=self._skip_tokens,
+            dtype=dtype_of_values(manifest.layout),
+            token_begin=manifest.skip_tokens,
             block_tokens=manifest.layout.block_tokens,
+            is_fp8=manifest.layout.dtype == pb.KV_DTYPE_FP8_E4M3,
         )
         self.planes = self.sink.on_manifest(manifest, shape, self.part.layer_begin)
         self._claimed = np.zeros((shape.num_layers, self._page_of(shape, shape.token_end - 1) + 1), bool)
@@ -96,13 +97,13 @@ class KvAssembly:
             check(not claimed.any(), f"some of its tokens, to {token_end}, came before")
             claimed[:] = True
 
-    def commit(self, layer: int, token_count: int) -> None:
+    def commit(self, layer: int, token_count: int, num_bytes: int) -> None:
         """A chunk was written, and its checksum is right."""
         with self._lock:
             self.times["last_chunk"] = time.monotonic()
             self.times.setdefault("first_chunk", self.times["last_chunk"])
             self.num_chunks += 1
-            self.kv_bytes += token_count * self.shape.token_bytes
+            self.kv_bytes += num_bytes
             self._layer_tokens[layer] += token_count
             if self._layer_tokens[layer] == self.shape.num_tokens:
                 self._call_back(lambda: self.sink.on_layer(self.part.layer_begin + layer))
@@ -136,16 +137,17 @@ class KvAssembly:
         density, num_layers = manifest.layer_density, manifest.layout.num_layers
         check(len(density) == num_layers, f"completed: layer_density has {len(density)} values for {num_layers} layers")
         check(all(0 < d <= 1 for d in density), "completed: layer_density is not in (0, 1]")
-        same = pb.KvManifest()
-        same.CopyFrom(self._manifest)
-        del same.layer_density[:]
-        same.layer_density.extend(density)
-        check(same == manifest, "completed: the manifest is not the one that the stream began with")
+        check_cached_prefix(manifest, self._asked)
+        before = pb.KvManifest()
+        before.CopyFrom(manifest)
+        for name in ("layer_density", "cached_tokens", "cached_algorithm", "page_hashes"):
+            before.ClearField(name)
+        check(before == self._manifest, "completed: the manifest is not the one that the stream began with")
 
     def check_whole(self) -> None:
         """After all streams ended well: nothing is missing."""
         check(self.completed is not None, "all streams ended, none with `completed`")
-        wanted = self.shape.nbytes
+        wanted = self.shape.num_layers * self.shape.wire_bytes(self.shape.token_begin, self.shape.token_end)
         check(self.kv_bytes == wanted, f"completed after {self.kv_bytes} of {wanted} KV bytes")
 
 

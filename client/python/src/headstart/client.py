@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from headstart import native
@@ -13,8 +13,9 @@ from headstart.attention import Attention, Sampling
 from headstart.grpc_receiver import GrpcReceiver
 from headstart.kv_memory import IntoMemory
 from headstart.options import ConnectionOptions, Expectation, KvLocation, Part, Tls
+from headstart.prefix import AskedPrefix
 from headstart.request import TokenIds, make_request
-from headstart.result import KvResult, PrefillResult, duration_s
+from headstart.result import Estimate, KvResult, PrefillResult, duration_s
 from headstart.sink import KvSink, OnLayer
 from headstart.transformers_cache import TorchMemory, to_dynamic_cache
 from headstart.v1 import prefill_pb2 as pb
@@ -84,6 +85,10 @@ class PrefillClient:
         request_id: str = "",
         kv_dtype: str = "",
         transfer_params: bytes = b"",
+        priority: int = 0,
+        cache_salt: bytes | str = b"",
+        prefix_reuse: str = "same",
+        held_pages: Iterable[bytes] = (),
         expected: Expectation = Expectation(),
         timeout_s: float | None = None,
         cancel: CancelToken | None = None,
@@ -93,7 +98,12 @@ class PrefillClient:
         attention: an Attention or a preset's name; None is the server's default. skip_tokens: the KV of so many tokens in front
         is here already and does not come. into: gives the memory for the KV; None makes a new NumPy array. on_layer: called as
         soon as a layer is whole, on a thread that receives, one at a time; the streams stand still meanwhile, and it must not
-        use this client. kv_dtype: "bf16", "f16", "f32", or empty for what the server computes in.
+        use this client. kv_dtype: "bf16", "f16", "f32", or empty for what the server computes in; "fp8_e4m3" halves
+        the bytes on the way, and is multiplied out to the destination's dtype (bfloat16 where there is none). priority:
+        higher ones run first, [-100, 100]. cache_salt: pages of the server's prefix cache are shared only among requests
+        with the same one. prefix_reuse: pages that may stand for the prompt's start, "same" (of the same attention),
+        "dense" or "none". held_pages: names of pages that are here already (result.page_names of earlier prompts): their
+        KV does not come, see result.skip_tokens.
 
         Raises HeadstartError with the server's status, HeadstartDataLoss when a stream was wrong, ValueError for values that no
         server can mean and for memory that does not fit, and what `into` and `on_layer` raise.
@@ -107,6 +117,10 @@ class PrefillClient:
             request_id=request_id,
             kv_dtype=kv_dtype,
             transfer_params=transfer_params,
+            priority=priority,
+            cache_salt=cache_salt,
+            prefix_reuse=prefix_reuse,
+            held_pages=held_pages,
         )
         sink = KvSink((answer, expected), self._max_kv_bytes, into, on_layer)
         return self._receiver.prefill(request, sink, self._timeout(timeout_s), cancel or CancelToken())
@@ -127,13 +141,13 @@ class PrefillClient:
         on_accepted: told where the KV can be fetched from now on. readers: the parts that will be fetched (Part.stripes), so
         that the server may give back what all have; none: it keeps all of the KV until the lease ends. lease_s: how long nobody
         need ask for it; None is the server's. request_options: attention, sampling, skip_tokens, model, request_id, kv_dtype,
-        transfer_params of prefill(). Raises what prefill() raises.
+        transfer_params, priority, cache_salt, prefix_reuse, held_pages of prefill(). Raises what prefill() raises.
         """
         request, answer = make_request(token_ids, **request_options)
         request.detached.readers.extend(readers)
         if lease_s is not None:
             request.detached.lease.FromNanoseconds(int(_check_seconds("lease_s", lease_s) * 1e9))
-        sink = KvSink((answer,), self._max_kv_bytes, on_accepted=_tell(on_accepted, request.skip_tokens))
+        sink = KvSink((answer,), self._max_kv_bytes, on_accepted=_tell(on_accepted, request))
         return self._receiver.prefill(request, sink, self._timeout(timeout_s), cancel or CancelToken())
 
     def fetch(
@@ -174,6 +188,22 @@ class PrefillClient:
         result = dataclasses.replace(self.prefill(token_ids, into=memory, **options), kv=memory.numpy())
         return to_dynamic_cache(result, device), result
 
+    def estimate(
+        self, token_ids: TokenIds = (), *, num_tokens: int = 0, deadline_s: float | None = None, **request_options
+    ) -> Estimate:
+        """What would become of a prompt now; nothing runs. num_tokens: where only their number is known, without token_ids;
+        then there is no prefix hit. deadline_s: how long the prompt would have, None is the client's timeout.
+        request_options: as of prefill_detached(). A refusal is an answer; raises HeadstartError for a bad request."""
+        request, _ = make_request(token_ids, **request_options)
+        question = pb.EstimateRequest(request=request, num_tokens=num_tokens)
+        seconds = self._timeout_s if deadline_s is None else _check_seconds("deadline_s", deadline_s)
+        question.deadline.FromNanoseconds(int(seconds * 1e9))
+        return Estimate.from_proto(self._unary("Estimate", question, pb.EstimateResponse))
+
+    def loads(self) -> pb.GetLoadsResponse:
+        """How busy the server is."""
+        return self._unary("GetLoads", pb.GetLoadsRequest(), pb.GetLoadsResponse)
+
     def model_info(self, model: str = "") -> pb.GetModelInfoResponse:
         return self._unary("GetModelInfo", pb.GetModelInfoRequest(model=model), pb.GetModelInfoResponse)
 
@@ -193,8 +223,10 @@ class PrefillClient:
         return self._channels.unary(channel, method, request, response_type, self._timeout_s)
 
 
-def _tell(on_accepted: Callable[[KvLocation], None], skip_tokens: int) -> Callable[[pb.Accepted], None]:
-    return lambda accepted: on_accepted(KvLocation(accepted.fetch_id, accepted.fetch_address, skip_tokens))
+def _tell(on_accepted: Callable[[KvLocation], None], request: pb.PrefillRequest) -> Callable[[pb.Accepted], None]:
+    token_ids = AskedPrefix.of_request(request).token_ids if request.held_pages else b""
+    known = (request.skip_tokens, request.held_pages, token_ids)
+    return lambda accepted: on_accepted(KvLocation(accepted.fetch_id, accepted.fetch_address, *known))
 
 
 def _check_seconds(name: str, seconds: float) -> float:

@@ -12,6 +12,7 @@ from headstart.channels import SERVICE, Channels
 from headstart.errors import HeadstartError
 from headstart.fetch import FetchCall, PartFetch, read_stream
 from headstart.options import ConnectionOptions, KvLocation, Part
+from headstart.prefix import AskedPrefix
 from headstart.receiver import KvReceiver, StreamKind
 from headstart.result import KvResult, PrefillResult, Timing
 from headstart.retry import pause_before_retry
@@ -52,7 +53,7 @@ class GrpcReceiver:
         """Receives a part of detached KV."""
         stripes = part.stripes(num_stripes)
         own_cancel = CancelToken()
-        assembly = KvAssembly(sink, stripes[0], location.skip_tokens)
+        assembly = KvAssembly(sink, stripes[0], AskedPrefix.of_location(location))
         target = self._channels.fetch_target(location.fetch_address)
         deadline = time.monotonic() + timeout_s
         call = FetchCall(location.fetch_id, target, deadline, self._max_attempts, assembly, own_cancel)
@@ -74,9 +75,7 @@ class _Attempt:
         self, channels: Channels, request: pb.PrefillRequest, sink: KvSink, deadline: float, max_attempts: int
     ) -> None:
         self.cancel = CancelToken()  # the first error ends all streams
-        self.assembly = KvAssembly(
-            sink, pb.KvPart(), request.skip_tokens, request.attention.preset == pb.ATTENTION_PRESET_EXACT
-        )
+        self.assembly = KvAssembly(sink, pb.KvPart(), AskedPrefix.of_request(request))
         self._channels = channels
         self._request = request
         self._sink = sink

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from headstart import fp8
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,9 +26,10 @@ class KvShape:
     num_kv_heads: int
     num_tokens: int
     head_dim: int
-    dtype: str  # "bf16", "f16" or "f32"
+    dtype: str  # "bf16", "f16" or "f32"; of fp8 the one that it is multiplied out to by default
     token_begin: int
     block_tokens: int  # of a page on the wire
+    is_fp8: bool = False  # on the wire
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -46,6 +49,14 @@ class KvShape:
     def nbytes(self) -> int:
         return self.num_layers * self.num_tokens * self.token_bytes
 
+    def wire_bytes(self, token_begin: int, token_end: int) -> int:
+        """Of these tokens in one layer, whole pages but for the ends of the KV."""
+        count = token_end - token_begin
+        if not self.is_fp8:
+            return count * self.token_bytes
+        pages = (token_end - 1) // self.block_tokens - token_begin // self.block_tokens + 1
+        return 2 * self.num_kv_heads * (count * self.head_dim + pages * fp8.SCALE_BYTES)
+
     @property
     def token_end(self) -> int:
         return self.token_begin + self.num_tokens
@@ -56,7 +67,7 @@ class KvDestination:
     """Where KV goes. The memory is the caller's; it is written until the call returns, also when that fails.
 
     layers: K and V of each layer of the shape, each a NumPy array or torch CPU tensor [pages][kv_heads][page_tokens][head_dim]
-    with elements of the KV's size. Views are welcome, such as `cache[:, 0]`, or `cache.transpose(1, 2)` where heads lie within
+    with elements of the KV's size; of fp8 KV, which is multiplied out, float32, or bfloat16 (NumPy: its bits in uint16). Views are welcome, such as `cache[:, 0]`, or `cache.transpose(1, 2)` where heads lie within
     tokens; all of the same shape and strides, head_dim contiguous.
     page_table: token t lies in page page_table[(t - token_begin) // page_tokens]. token_begin: the token in the first slot; not
     behind the first token that comes. Pages that hold only tokens before that are not looked at.
@@ -77,7 +88,8 @@ def contiguous(array: Array, token_begin: int = 0) -> KvDestination:
 
 
 class KvPlanes:
-    """A destination, checked: `layers` are NumPy arrays of the KV's dtype. ValueError says what does not fit."""
+    """A destination, checked: `layers` are NumPy arrays of `numpy_dtype`, the KV's, or of fp8 KV "<u2" (the bits of bfloat16) or
+    "<f4". ValueError says what does not fit."""
 
     def __init__(self, destination: KvDestination, shape: KvShape) -> None:
         self.shape = shape
@@ -86,6 +98,7 @@ class KvPlanes:
         self.layers = [tuple(_as_numpy(plane, shape) for plane in layer) for layer in destination.layers]
         _check(len(self.layers) == shape.num_layers, f"destination has {len(self.layers)} layers, the KV {shape.num_layers}")
         first = self.layers[0][0]
+        self.numpy_dtype = first.dtype
         for plane in (plane for layer in self.layers for plane in layer):
             _check_plane(plane, first, shape)
         self.num_pages, _, self.page_tokens, _ = first.shape
@@ -104,16 +117,19 @@ class KvPlanes:
     def write(self, layer: int, token_begin: int, token_count: int, data: np.ndarray) -> None:
         """Puts the bytes of a chunk, pages of the wire one after the other, into their place. The chunk was checked."""
         shape = self.shape
-        elements = data.view(shape.numpy_dtype)
         end = token_begin + token_count
         while token_begin < end:
             page_end = min((token_begin // shape.block_tokens + 1) * shape.block_tokens, end)
-            tokens = page_end - token_begin
-            count = 2 * shape.num_kv_heads * tokens * shape.head_dim
-            page = elements[:count].reshape(2, shape.num_kv_heads, tokens, shape.head_dim)
-            self._write_page(layer, token_begin, page)
-            elements = elements[count:]
+            num_bytes = shape.wire_bytes(token_begin, page_end)
+            self._write_page(layer, token_begin, self._read_page(data[:num_bytes], page_end - token_begin))
+            data = data[num_bytes:]
             token_begin = page_end
+
+    def _read_page(self, data: np.ndarray, tokens: int) -> np.ndarray:
+        """[K, V][kv_heads][tokens][head_dim] of the destination's dtype."""
+        shape = self.shape
+        dims = (2, shape.num_kv_heads, tokens, shape.head_dim)
+        return fp8.multiply_out(data, dims, self.numpy_dtype) if shape.is_fp8 else data.view(self.numpy_dtype).reshape(dims)
 
     def _write_page(self, layer: int, token_begin: int, page: np.ndarray) -> None:
         k, v = self.layers[layer]
@@ -128,7 +144,10 @@ class KvPlanes:
 
 
 def _as_numpy(plane: Array, shape: KvShape) -> np.ndarray:
-    """A view with the KV's dtype."""
+    """A view with the dtype that is written."""
+    name = str(plane.dtype).removeprefix("torch.")
+    fits_fp8 = name in ("float32", "bfloat16", "uint16")
+    _check(fits_fp8 or not shape.is_fp8, f"destination is {name}, and fp8 is multiplied out to float32 or bfloat16")
     if not isinstance(plane, np.ndarray):
         import torch
 
@@ -136,6 +155,8 @@ def _as_numpy(plane: Array, shape: KvShape) -> np.ndarray:
         same_size = {2: torch.int16, 4: torch.int32}.get(plane.element_size())
         _check(same_size is not None, f"destination is {plane.dtype}, the KV {shape.dtype}")
         plane = plane.detach().view(same_size).numpy()
+    if shape.is_fp8:
+        return plane.view("<f4" if plane.itemsize == 4 else "<u2")
     _check(plane.itemsize == shape.numpy_dtype.itemsize, f"destination is {plane.dtype}, the KV {shape.dtype}")
     return plane.view(shape.numpy_dtype)
 
@@ -144,8 +165,8 @@ def _check_plane(plane: np.ndarray, first: np.ndarray, shape: KvShape) -> None:
     wanted = f"[pages][{shape.num_kv_heads}][page_tokens][{shape.head_dim}]"
     fits = plane.ndim == 4 and plane.shape[1] == shape.num_kv_heads and plane.shape[3] == shape.head_dim and plane.size > 0
     _check(fits, f"destination has shape {plane.shape}, not {wanted}")
-    alike = plane.shape == first.shape and plane.strides == first.strides
-    _check(alike, "the planes of the destination have several shapes or strides")
+    alike = (plane.shape, plane.strides, plane.dtype) == (first.shape, first.strides, first.dtype)
+    _check(alike, "the planes of the destination have several shapes or strides, or several dtypes")
     rows_are_packed = plane.strides[3] == plane.itemsize or shape.head_dim == 1
     _check(rows_are_packed and min(plane.strides) >= 0, f"destination has strides {plane.strides}: head_dim is not contiguous")
     _check(plane.flags.writeable, "destination is read-only")

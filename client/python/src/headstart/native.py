@@ -20,7 +20,7 @@ from headstart.errors import from_status
 from headstart.kv_memory import KvPlanes, KvShape
 from headstart.options import ConnectionOptions, KvLocation, Part
 from headstart.result import KvResult, PrefillResult, Timing
-from headstart.sink import KV_DTYPES, KvSink
+from headstart.sink import KvSink, dtype_of_values
 from headstart.v1 import prefill_pb2 as pb
 
 _BESIDE_THE_PACKAGE = pathlib.Path(__file__).with_name("libheadstart_receiver.so")
@@ -89,12 +89,15 @@ class NativeReceiver:
     ) -> KvResult:
         """Receives a part of detached KV."""
         fetch_id, message = abi.Bytes.of(location.fetch_id), abi.Bytes.of(part.stripes(1)[0].SerializeToString())
+        held_pages, token_ids = abi.Bytes.of(location.held_pages), abi.Bytes.of(location.token_ids)
         fetch = abi.Fetch(
             fetch_id=fetch_id,
             fetch_address=location.fetch_address.encode(),
             part=message,
             num_stripes=num_stripes,
             skip_tokens=location.skip_tokens,
+            held_pages=held_pages,
+            token_ids=token_ids,
         )
         callbacks = _Callbacks(sink, part.layer_begin)
         reply = self._call("headstart_fetch", fetch, timeout_s, callbacks, cancel)
@@ -191,7 +194,8 @@ class _Callbacks:
         manifest = pb.KvManifest.FromString(manifest_bytes.read())
         names = ("num_layers", "num_kv_heads", "num_tokens", "head_dim", "token_begin", "block_tokens")
         values = {name: getattr(shape_pointer.contents, name) for name in names}
-        shape = KvShape(**values, dtype=KV_DTYPES[manifest.layout.dtype])
+        is_fp8 = manifest.layout.dtype == pb.KV_DTYPE_FP8_E4M3
+        shape = KvShape(**values, dtype=dtype_of_values(manifest.layout), is_fp8=is_fp8)
         planes = self._sink.on_manifest(manifest, shape, self._first_layer)
         self._fill_in(destination_pointer.contents, planes)
 
@@ -206,6 +210,8 @@ class _Callbacks:
         destination.page_tokens, destination.token_begin = planes.page_tokens, planes.token_begin
         destination.page_stride, destination.head_stride, destination.token_stride, _ = first.strides
         destination.plane_bytes = _reach(first)
+        if planes.shape.is_fp8:
+            destination.values = abi.VALUES_BF16 if first.itemsize == 2 else abi.VALUES_F32
         if planes.page_tokens == 1:
             destination.token_stride = first.shape[3] * first.itemsize  # NumPy's means nothing
 

@@ -59,8 +59,11 @@ class Part:
 @dataclasses.dataclass(frozen=True)
 class KvLocation:
     """Detached KV on its server. fetch_address: host:port, or empty for the client's own target. skip_tokens: tokens in front
-    that never come, as the request said."""
+    that never come, as the request said, as is held_pages: names of pages that need not come. token_ids: of the prompt, as
+    little-endian uint32, where pages are held: their names are checked against it."""
 
     fetch_id: bytes
     fetch_address: str = ""
     skip_tokens: int = 0
+    held_pages: bytes = b""
+    token_ids: bytes = b""

@@ -72,7 +72,7 @@ class KvReceiver:
         where = f"chunk {header.index} (layer {header.layer}, tokens from {header.token_begin}): "
         self._check_place(header, where)
         self._check_tokens(header, where)
-        num_bytes = header.token_count * self._assembly.shape.token_bytes
+        num_bytes = self._assembly.shape.wire_bytes(header.token_begin, header.token_begin + header.token_count)
         check(len(chunk.data) == num_bytes, f"{where}data has {len(chunk.data)} bytes, not {num_bytes}")
         crc = chunk_crc32c(header, chunk.data)
         check(crc == header.crc32c, f"{where}crc32c is {crc:08x}, the sender's was {header.crc32c:08x}")
@@ -82,7 +82,7 @@ class KvReceiver:
         self._next_token[layer] = token_end
         self.kv_bytes += num_bytes
         self.num_chunks += 1
-        self._assembly.commit(layer, header.token_count)
+        self._assembly.commit(layer, header.token_count, num_bytes)
 
     def _check_place(self, header: pb.KvChunk, where: str) -> None:
         part = self._assembly.part

@@ -12,7 +12,15 @@ from headstart.kv_memory import IntoMemory, KvPlanes, KvShape, contiguous
 from headstart.options import Expectation
 from headstart.v1 import prefill_pb2 as pb
 
-KV_DTYPES = {pb.KV_DTYPE_BF16: "bf16", pb.KV_DTYPE_F16: "f16", pb.KV_DTYPE_F32: "f32"}
+# On the wire.
+KV_DTYPES = {pb.KV_DTYPE_BF16: "bf16", pb.KV_DTYPE_F16: "f16", pb.KV_DTYPE_F32: "f32", pb.KV_DTYPE_FP8_E4M3: "fp8_e4m3"}
+
+
+def dtype_of_values(layout: pb.KvLayout) -> str:
+    """In which the KV comes to memory that nobody says the dtype of: fp8 is multiplied out to bfloat16."""
+    name = KV_DTYPES[layout.dtype]
+    return "bf16" if name == "fp8_e4m3" else name
+
 
 # Called when all heads and tokens of a layer that come have arrived: the model's number of the layer, and its
 # [2][kv_heads][tokens][head_dim] (None where the caller gave memory of its own).

@@ -1,0 +1,36 @@
+// Where a request would stand among those that wait, and what that means for all of them.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/time/time.h"
+#include "engine/schedule/rank.h"
+
+namespace headstart {
+
+// A request that is not computed yet.
+struct QueuedWork {
+  Rank rank;
+  int64_t num_tokens = 0;
+  absl::Duration cost;  // what is left of it, without the step that runs
+  absl::Time deadline = absl::InfiniteFuture();
+};
+
+struct Forecast {
+  absl::Duration queue;    // until it has the machine
+  absl::Duration compute;  // its own
+  int64_t requests_ahead = 0;
+  int64_t tokens_ahead = 0;
+  // Another one, that can meet its deadline, might not behind this one.
+  bool displaces = false;
+
+  absl::Duration ttft() const { return queue + compute; }
+};
+
+// `busy`: until the machine is free for it, whoever comes next. Times behind the
+// newcomer are stretched by `margin` where they are held against the deadline of another one.
+Forecast MakeForecast(const QueuedWork& newcomer, std::vector<QueuedWork> others,
+                      absl::Duration busy, double margin, absl::Time now);
+
+}  // namespace headstart

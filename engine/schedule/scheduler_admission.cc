@@ -1,0 +1,266 @@
+// Scheduler: who comes in.
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "engine/error.h"
+#include "engine/schedule/scheduler.h"
+#include "kernels/base/status_macros.h"
+
+namespace headstart {
+namespace {
+
+constexpr absl::Duration kMinRetryDelay = absl::Milliseconds(100);
+constexpr absl::Duration kMaxRetryDelay = absl::Seconds(30);
+constexpr absl::Duration kUnknownRetryDelay = absl::Seconds(1);
+// What a token is taken to cost as long as nothing is known: only to put requests in order.
+constexpr absl::Duration kGuessedTokenCost = absl::Microseconds(100);
+// Layers of the step that runs that an urgent one may have to wait for: so far the runner is ahead.
+constexpr int64_t kLayersAhead = 2;
+// What was learned longer ago is not held against a request when nobody else is in.
+constexpr absl::Duration kStale = absl::Seconds(1);
+
+absl::Duration ForPrinting(absl::Duration time) { return absl::Trunc(time, absl::Milliseconds(1)); }
+
+}  // namespace
+
+absl::StatusOr<Admitted> Scheduler::Add(PrefillRequest request, const std::string& fetch_id,
+                                        absl::Time now) {
+  HEADSTART_RETURN_IF_ERROR(closed_);
+  if (by_request_id_.contains(request.request_id)) {
+    return MakeError(absl::StatusCode::kAlreadyExists, ErrorReason::kDuplicateRequestId,
+                     absl::StrCat("request_id: ", request.request_id, " is in flight"));
+  }
+  Estimate estimate = Foresee(request, now);
+  HEADSTART_RETURN_IF_ERROR(estimate.refusal);
+
+  auto entry = std::make_unique<Entry>();
+  entry->key = ++last_key_;
+  entry->expiry = request.deadline;
+  entry->hint = estimate.cached_tokens;
+  entry->hint_evicted = pages_.evicted();
+  entry->latest_start =
+      LatestStart(now, CostOrGuess(request, estimate.cached_tokens), request.deadline);
+  entry->result.accepted_at = now;
+  entry->result.predicted_ttft = estimate.ttft();
+  if (estimate.known.has_value()) entry->foreseen = *estimate.known + *estimate.compute;
+  entry->fetch_id = fetch_id;
+  entry->request = std::move(request);
+  if (entry->detached()) {
+    HEADSTART_RETURN_IF_ERROR(Detach(*entry));
+  } else {
+    entry->shipment =
+        std::make_shared<Shipment>(ShippedGeometry(entry->request), Shipment::Keep::kUntilTaken,
+                                   std::vector<KvPart>(), std::move(entry->request.manifest));
+  }
+  Admitted admitted{entry->key, std::move(estimate), entry->lease, entry->shipment};
+  ++load_.queued_requests;
+  load_.queued_tokens += entry->num_tokens();
+  ++load_.inflight_requests;
+  load_.inflight_tokens += entry->num_tokens();
+  ++load_.acquired;
+  by_request_id_.emplace(entry->request.request_id, entry->key);
+  entries_.emplace(entry->key, std::move(entry));
+  return admitted;
+}
+
+Estimate Scheduler::Foresee(const PrefillRequest& request, absl::Time now) const {
+  bool displaces = false;
+  Estimate estimate = Predict(request, now, &displaces);
+  estimate.refusal = closed_;
+  if (estimate.refusal.ok()) estimate.refusal = CheckQueue(request.num_tokens());
+  if (estimate.refusal.ok()) {
+    estimate.refusal =
+        CheckDeadline(request.num_tokens(), request.deadline, estimate, displaces, now);
+  }
+  return estimate;
+}
+
+absl::Status Scheduler::CheckQueue(int64_t num_tokens) const {
+  if (load_.inflight_requests == 0) return absl::OkStatus();
+  if (load_.inflight_requests < options_.max_requests &&
+      load_.inflight_tokens + num_tokens <= options_.max_tokens) {
+    return absl::OkStatus();
+  }
+  return MakeRetryableError(absl::StatusCode::kResourceExhausted, ErrorReason::kQueueFull,
+                            absl::StrCat("queue full: ", load_.inflight_requests, " requests of ",
+                                         options_.max_requests, ", ", load_.inflight_tokens, " + ",
+                                         num_tokens, " tokens of ", options_.max_tokens),
+                            RetryDelay(num_tokens));
+}
+
+absl::Status Scheduler::CheckDeadline(int64_t num_tokens, absl::Time deadline,
+                                      const Estimate& estimate, bool displaces,
+                                      absl::Time now) const {
+  const absl::Duration left = deadline - now;
+  if (left <= absl::ZeroDuration()) {
+    return MakeError(absl::StatusCode::kDeadlineExceeded, ErrorReason::kDeadlineExceeded,
+                     "the deadline had passed when the request came");
+  }
+  if (!estimate.queue.has_value()) return absl::OkStatus();
+  // Else a machine that was slow for a while would refuse everybody, and never learn better.
+  if (load_.inflight_requests == 0 && now - learned_at_ >= kStale) return absl::OkStatus();
+  const double margin = costs_.Margin();
+  const absl::Duration needed = *estimate.ttft() * margin;
+  if (needed <= left && !displaces) return absl::OkStatus();
+  const std::string what =
+      absl::StrCat("the deadline is ", absl::FormatDuration(ForPrinting(left)), " away, ",
+                   num_tokens, " tokens behind ", estimate.tokens_ahead, " others need about ",
+                   absl::FormatDuration(ForPrinting(needed)),
+                   needed <= left ? ", and one that is in already would miss its own" : "");
+  if (*estimate.compute * margin > left) {  // at any time
+    return MakeError(absl::StatusCode::kDeadlineExceeded, ErrorReason::kDeadlineUnreachable, what);
+  }
+  const absl::Duration too_long = displaces ? *estimate.compute : needed - left;
+  return MakeRetryableError(absl::StatusCode::kDeadlineExceeded, ErrorReason::kDeadlineUnreachable,
+                            what, std::clamp(too_long, kMinRetryDelay, kMaxRetryDelay));
+}
+
+// The time in which the server works off as many tokens as are asked for.
+absl::Duration Scheduler::RetryDelay(int64_t num_tokens) const {
+  const std::optional<double> rate = costs_.TokensPerSecond();
+  if (!rate) return kUnknownRetryDelay;
+  return std::clamp(absl::Seconds(static_cast<double>(num_tokens) / *rate), kMinRetryDelay,
+                    kMaxRetryDelay);
+}
+
+// ---- predictions
+
+Estimate Scheduler::Predict(const PrefillRequest& request, absl::Time now, bool* displaces) const {
+  Estimate estimate;
+  estimate.cached_tokens = prefixes_.Count(request, 0);
+  const std::optional<absl::Duration> cost = CostFrom(request, 0, estimate.cached_tokens);
+  const absl::Duration guess = CostOrGuess(request, estimate.cached_tokens);
+  const QueuedWork newcomer{
+      {request.priority, LatestStart(now, guess, request.deadline), last_key_ + 1},
+      request.num_tokens(),
+      guess,
+      request.deadline};
+  const bool is_short = request.num_tokens() - estimate.cached_tokens <= options_.batch_tokens;
+  std::vector<QueuedWork> others;
+  bool gives_way = is_short;  // the step that runs
+  for (const auto& [key, entry] : entries_) {
+    if (entry->computed || entry->ended) continue;
+    QueuedWork work{RankOf(*entry, now), entry->num_tokens(), absl::ZeroDuration(),
+                    entry->request.deadline};
+    const int64_t from = entry->in_step ? NextPass(*entry, entry->ready).end : entry->position;
+    const int64_t ready = std::max({from, entry->ready, entry->hint});
+    work.cost = CostFrom(entry->request, from, ready).value_or(absl::ZeroDuration());
+    if (entry->in_step && work.rank.Before(newcomer.rank)) gives_way = false;
+    others.push_back(work);
+  }
+  const absl::Duration rest = StepRest(now);
+  const absl::Duration busy = gives_way ? std::min(rest, LayerWait()) : rest;
+  const Forecast forecast = MakeForecast(newcomer, std::move(others), busy, costs_.Margin(), now);
+  estimate.requests_ahead = forecast.requests_ahead;
+  estimate.tokens_ahead = forecast.tokens_ahead;
+  if (!cost.has_value()) return estimate;
+  const int64_t num_computed = request.num_tokens() - estimate.cached_tokens;
+  estimate.known = forecast.queue;
+  estimate.compute = *cost;
+  estimate.queue =
+      std::max(forecast.ttft() * interruptions_.Factor(num_computed) - *cost, absl::ZeroDuration());
+  *displaces = forecast.displaces;
+  return estimate;
+}
+
+absl::Duration Scheduler::CostOrGuess(const PrefillRequest& request, int64_t found) const {
+  return CostFrom(request, 0, found).value_or(kGuessedTokenCost * (request.num_tokens() - found));
+}
+
+std::optional<absl::Duration> Scheduler::CostFrom(const PrefillRequest& request, int64_t position,
+                                                  int64_t ready) const {
+  const ProxyAttnOptions* attention = request.attention.enabled ? &request.attention : nullptr;
+  absl::Duration sum;
+  for (int64_t begin = position; begin < request.num_tokens(); begin += options_.piece_tokens) {
+    const int64_t end = std::min(begin + options_.piece_tokens, request.num_tokens());
+    const int64_t from = std::max(begin, ready);
+    if (from >= end) continue;
+    const PieceShape piece{end - from, from, attention};
+    const std::optional<absl::Duration> cost = costs_.Predict({&piece, 1});
+    if (!cost.has_value()) return std::nullopt;
+    sum += *cost;
+  }
+  return sum;
+}
+
+absl::Duration Scheduler::StepRest(absl::Time now) const {
+  if (!stepping_) return absl::ZeroDuration();
+  return std::max(step_cost_ - (now - step_began_), absl::ZeroDuration());
+}
+
+absl::Duration Scheduler::LayerWait() const {
+  return step_cost_ * kLayersAhead / options_.geometry.num_layers;
+}
+
+std::optional<absl::Duration> Scheduler::PredictDrain(absl::Time now) const {
+  if (!costs_.TokensPerSecond().has_value()) return std::nullopt;  // nothing is known
+  absl::Duration sum = StepRest(now);
+  for (const auto& [key, entry] : entries_) {
+    if (entry->computed || entry->ended) continue;
+    const int64_t from = entry->in_step ? NextPass(*entry, entry->ready).end : entry->position;
+    const std::optional<absl::Duration> cost =
+        CostFrom(entry->request, from, std::max(from, entry->ready));
+    if (!cost.has_value()) return std::nullopt;
+    sum += *cost;
+  }
+  return sum;
+}
+
+// ---- detached KV
+
+KvGeometry Scheduler::ShippedGeometry(const PrefillRequest& request) const {
+  return options_.geometry.As(request.kv_dtype.value_or(options_.geometry.dtype));
+}
+
+absl::Status Scheduler::Detach(Entry& entry) {
+  const DetachedKv& wanted = *entry.request.detached;
+  entry.lease = wanted.lease > absl::ZeroDuration() ? std::min(wanted.lease, options_.max_lease)
+                                                    : options_.default_lease;
+  auto keep = Shipment::Keep::kUntilClosed;
+  if (wanted.readers.empty()) {
+    HEADSTART_RETURN_IF_ERROR(Reserve(entry));
+  } else {
+    HEADSTART_RETURN_IF_ERROR(CheckCoverage(wanted.readers, options_.geometry));
+    keep = Shipment::Keep::kUntilAcknowledged;
+  }
+  entry.shipment = std::make_shared<Shipment>(ShippedGeometry(entry.request), keep, wanted.readers,
+                                              std::move(entry.request.manifest));
+  by_fetch_id_.emplace(entry.fetch_id, entry.key);
+  return absl::OkStatus();
+}
+
+// KV that nobody announced to fetch may stay long: all of it must find room at once, and a piece's
+// worth stays free for those whose KV flows. So nobody who computes waits for one who does not.
+absl::Status Scheduler::Reserve(Entry& entry) {
+  const int64_t needed = CountChunks(entry.request);
+  const int64_t limit = host_.num_chunks() - PieceChunks(options_);
+  const std::string what =
+      absl::StrCat("detached KV without readers needs ", needed, " chunks of host memory");
+  if (needed > limit) {
+    return MakeError(absl::StatusCode::kFailedPrecondition, ErrorReason::kHostMemoryFull,
+                     absl::StrCat(what, ", limit ", limit));
+  }
+  if (reserved_chunks_ + needed <= limit) entry.reserved = host_.Take(needed, entry.key);
+  if (static_cast<int64_t>(entry.reserved.size()) < needed) {
+    return MakeRetryableError(absl::StatusCode::kResourceExhausted, ErrorReason::kHostMemoryFull,
+                              absl::StrCat(what, ", ", host_.free_chunks(), " are free and ",
+                                           reserved_chunks_, " of ", limit, " reserved"),
+                              RetryDelay(entry.num_tokens()));
+  }
+  entry.num_reserved = needed;
+  reserved_chunks_ += needed;
+  return absl::OkStatus();
+}
+
+int64_t Scheduler::CountChunks(const PrefillRequest& request) const {
+  int64_t chunks = 0;
+  for (int64_t begin = 0; begin < request.num_tokens(); begin += options_.piece_tokens) {
+    const int64_t count = std::min(options_.piece_tokens, request.num_tokens() - begin);
+    chunks += static_cast<int64_t>(
+        CutIntoChunks(begin, count, request.skip_tokens, options_.geometry.chunk_pages).size());
+  }
+  return chunks * options_.geometry.num_layers;
+}
+
+}  // namespace headstart
