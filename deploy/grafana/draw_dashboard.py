@@ -97,7 +97,7 @@ def draw_panel(axes, panel, prometheus, end, range_s, window_s):
     if percent:
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.set_ylabel({"percentunit": "", "s": "seconds", "reqps": "per second", "ops": "per second",
-                     "Bps": "bytes per second", "bytes": "bytes"}[defaults["unit"]], fontsize=8)
+                     "Bps": "bytes per second", "bytes": "bytes"}.get(defaults["unit"], ""), fontsize=8)
     axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=8)

@@ -117,7 +117,7 @@ def test_tiles_show_pages_and_host_memory(page, server):
 
 def test_page_follows_the_server(page, server):
     with PrefillClient(server.target) as client:
-        client.prefill(prompt(300), attention="exact", request_id="late-comer")
+        client.prefill(prompt(300, seed=300), attention="exact", request_id="late-comer")
     last = "(() => { const bars = document.querySelectorAll('.prompt'); bars[bars.length - 1].onclick(); return document.getElementById('bars-detail').textContent })()"
     wait_for(lambda: page.value(last).startswith("late-comer: 300 tokens, density 1"), "the next poll")
 
