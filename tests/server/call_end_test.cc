@@ -13,6 +13,7 @@
 #include "tests/server/server_fixture.h"
 #include "tests/testing/notification.h"
 #include "tests/testing/status_matchers.h"
+#include "tests/testing/test_server.h"
 
 namespace headstart::testing {
 namespace {
@@ -275,8 +276,8 @@ TEST_F(CallEndTest, ClientThatReadsNothingIsCutAndTheNextIsServed) {
   const auto slow = NewSlowStub();
   OpenCall stalled(slow.get(), Prompt(4096));
   EXPECT_TRUE(stalled.Read().has_accepted());
-  // Waits behind the stalled one for as long as the stall limit allows that.
   EXPECT_TRUE(Run(Prompt(10)).status.ok());
+  EXPECT_TRUE(ComesTrue([&] { return Requests("CANCELLED", "CLIENT_STALLED") == 1; }));
   const CallResult cut = stalled.Finish();
   EXPECT_EQ(cut.status.error_code(), grpc::StatusCode::CANCELLED);
   EXPECT_FALSE(cut.responses.back().has_completed());

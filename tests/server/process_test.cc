@@ -221,7 +221,8 @@ TEST_F(ProcessTest, InspectSaysTheSameInJsonAndInWords) {
   EXPECT_GT(bytes["scratch"], 2048 * 1024 / parsed["num_layers"].get<int>());
   EXPECT_EQ(bytes["total"].get<int64_t>(),
             bytes["weights"].get<int64_t>() + bytes["kv_pool"].get<int64_t>() +
-                bytes["workspace"].get<int64_t>() + bytes["scratch"].get<int64_t>());
+                bytes["workspace"].get<int64_t>() + bytes["scratch"].get<int64_t>() +
+                bytes["staging"].get<int64_t>());
   const Ended words = Run({"inspect", "--model", dir_ / "tiny", "--dtype", "f32"});
   EXPECT_THAT(words.output, HasSubstr("1024 bytes a token"));
 }
