@@ -64,7 +64,8 @@ std::vector<ByteRun> ChunkRuns(const std::byte* memory, const TokenRange& tokens
   const int64_t row_bytes = int64_t{geometry.heads.head_dim} * DTypeBytes(geometry.dtype);
   const int64_t head_bytes = kBlockTokens * row_bytes;
   const int64_t plane_bytes = geometry.heads.num_kv_heads * head_bytes;
-  const int64_t scales_of_head = geometry.scale_bytes() / (int64_t{2} * geometry.heads.num_kv_heads);
+  const int64_t scales_of_head =
+      geometry.scale_bytes() / (int64_t{2} * geometry.heads.num_kv_heads);
   const int64_t scales_of_plane = geometry.scale_bytes() / 2;
   const int64_t end = tokens.end();
   std::vector<ByteRun> runs;
