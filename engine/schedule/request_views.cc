@@ -14,13 +14,12 @@ std::vector<RequestView> Scheduler::Requests(size_t limit) const {
   for (const auto& [key, entry] : entries_) {
     if (views.size() == limit) break;
     if (entry->ended) continue;
-    views.push_back(
-        {.request_id = entry->request.request_id,
-         .num_tokens = entry->request.num_tokens(),
-         .priority = entry->request.priority,
-         .position = entry->in_step ? NextPass(*entry, entry->ready).end : entry->position,
-         .accepted_at = entry->result.accepted_at,
-         .state = state_of(*entry)});
+    views.push_back({.request_id = entry->request.request_id,
+                     .num_tokens = entry->request.num_tokens(),
+                     .priority = entry->request.priority,
+                     .position = PositionBehindStep(*entry),
+                     .accepted_at = entry->result.accepted_at,
+                     .state = state_of(*entry)});
   }
   return views;
 }

@@ -188,7 +188,8 @@ class Scheduler {
   absl::Duration RetryDelay(int64_t num_tokens) const;
   // Without the refusal; `displaces`: as in Forecast.
   Estimate Predict(const PrefillRequest& request, absl::Time now, bool* displaces) const;
-  absl::Duration CostOrGuess(const PrefillRequest& request, int64_t found) const;
+  // Where it goes on behind the step that runs, if it is in that.
+  int64_t PositionBehindStep(const Entry& entry) const;
   // Of the pieces from `position` on, of which tokens before `ready` are there.
   std::optional<absl::Duration> CostFrom(const PrefillRequest& request, int64_t position,
                                          int64_t ready) const;

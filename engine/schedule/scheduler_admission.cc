@@ -20,6 +20,10 @@ constexpr int64_t kLayersAhead = 2;
 // What was learned longer ago is not held against a request when nobody else is in.
 constexpr absl::Duration kStale = absl::Seconds(1);
 
+absl::Duration CostOrGuess(const std::optional<absl::Duration>& cost, int64_t num_tokens) {
+  return cost.value_or(kGuessedTokenCost * num_tokens);
+}
+
 absl::Duration ForPrinting(absl::Duration time) { return absl::Trunc(time, absl::Milliseconds(1)); }
 
 }  // namespace
@@ -40,7 +44,8 @@ absl::StatusOr<Admitted> Scheduler::Add(PrefillRequest request, const std::strin
   entry->hint = estimate.cached_tokens;
   entry->hint_evicted = pages_.evicted();
   entry->latest_start =
-      LatestStart(now, CostOrGuess(request, estimate.cached_tokens), request.deadline);
+      LatestStart(now, CostOrGuess(estimate.compute, request.num_tokens() - estimate.cached_tokens),
+                  request.deadline);
   entry->result.accepted_at = now;
   entry->result.predicted_ttft = estimate.ttft();
   if (estimate.known.has_value()) entry->foreseen = *estimate.known + *estimate.compute;
@@ -130,20 +135,21 @@ Estimate Scheduler::Predict(const PrefillRequest& request, absl::Time now, bool*
   Estimate estimate;
   estimate.cached_tokens = prefixes_.Count(request, 0);
   const std::optional<absl::Duration> cost = CostFrom(request, 0, estimate.cached_tokens);
-  const absl::Duration guess = CostOrGuess(request, estimate.cached_tokens);
+  const int64_t num_computed = request.num_tokens() - estimate.cached_tokens;
+  const absl::Duration guess = CostOrGuess(cost, num_computed);
   const QueuedWork newcomer{
       {request.priority, LatestStart(now, guess, request.deadline), last_key_ + 1},
       request.num_tokens(),
       guess,
       request.deadline};
-  const bool is_short = request.num_tokens() - estimate.cached_tokens <= options_.batch_tokens;
+  const bool is_short = num_computed <= options_.batch_tokens;
   std::vector<QueuedWork> others;
   bool gives_way = is_short;  // the step that runs
   for (const auto& [key, entry] : entries_) {
     if (entry->computed || entry->ended) continue;
     QueuedWork work{RankOf(*entry, now), entry->num_tokens(), absl::ZeroDuration(),
                     entry->request.deadline};
-    const int64_t from = entry->in_step ? NextPass(*entry, entry->ready).end : entry->position;
+    const int64_t from = PositionBehindStep(*entry);
     const int64_t ready = std::max({from, entry->ready, entry->hint});
     work.cost = CostFrom(entry->request, from, ready).value_or(absl::ZeroDuration());
     if (entry->in_step && work.rank.Before(newcomer.rank)) gives_way = false;
@@ -155,7 +161,6 @@ Estimate Scheduler::Predict(const PrefillRequest& request, absl::Time now, bool*
   estimate.requests_ahead = forecast.requests_ahead;
   estimate.tokens_ahead = forecast.tokens_ahead;
   if (!cost.has_value()) return estimate;
-  const int64_t num_computed = request.num_tokens() - estimate.cached_tokens;
   estimate.known = forecast.queue;
   estimate.compute = *cost;
   estimate.queue =
@@ -164,8 +169,8 @@ Estimate Scheduler::Predict(const PrefillRequest& request, absl::Time now, bool*
   return estimate;
 }
 
-absl::Duration Scheduler::CostOrGuess(const PrefillRequest& request, int64_t found) const {
-  return CostFrom(request, 0, found).value_or(kGuessedTokenCost * (request.num_tokens() - found));
+int64_t Scheduler::PositionBehindStep(const Entry& entry) const {
+  return entry.in_step ? NextPass(entry, entry.ready).end : entry.position;
 }
 
 std::optional<absl::Duration> Scheduler::CostFrom(const PrefillRequest& request, int64_t position,
@@ -198,7 +203,7 @@ std::optional<absl::Duration> Scheduler::PredictDrain(absl::Time now) const {
   absl::Duration sum = StepRest(now);
   for (const auto& [key, entry] : entries_) {
     if (entry->computed || entry->ended) continue;
-    const int64_t from = entry->in_step ? NextPass(*entry, entry->ready).end : entry->position;
+    const int64_t from = PositionBehindStep(*entry);
     const std::optional<absl::Duration> cost =
         CostFrom(entry->request, from, std::max(from, entry->ready));
     if (!cost.has_value()) return std::nullopt;

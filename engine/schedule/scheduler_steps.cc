@@ -230,7 +230,7 @@ Piece Scheduler::MakePiece(Entry& entry, const Pass& pass, absl::Time now) {
   piece.keep_state = !names.empty() && !entry.request.prefix.any_page;
   piece.sampling = &entry.request.sampling;
   piece.chunks = ChunksOf(entry, pass);
-  piece.host = TakeRoom(entry, RoomFor(entry, pass));
+  piece.host = TakeRoom(entry, std::ssize(piece.chunks) * options_.geometry.num_layers);
   piece.shipment = entry.shipment;
   piece.cancelled = &entry.cancelled;
   NotePass(pass, now, entry.result.pieces);

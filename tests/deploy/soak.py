@@ -1,21 +1,20 @@
 """Everything that a server meets, for a long time: whether memory, descriptors and threads stay, and all goes back.
 
-    python tests/deploy/soak.py [--seconds 600] [--model DIR] [-- FLAGS OF THE SERVER]
+    python tests/deploy/soak.py [--seconds 600] [--model DIR --text FILE] [--pace N] [-- FLAGS OF THE SERVER]
 
 The load is that of load.py: prompts of all kinds, with prefixes in common, cancels, clients that stop reading, fetches that
 break and go on, KV that nobody fetches. Prints a row every so often, and ends with 1 when something grew or did not go back.
 The first fifth counts as warming up. Needs what tests/run.sh installs.
 """
 
-import argparse
 import pathlib
 import sys
 import tempfile
 import time
 
+from drawing import load_arguments, load_of, model_of
 from live import Server, get, parse_metrics, wait_for
-from load import LIMITS, Load
-from tiny_model import write_tiny_model
+from load import LIMITS
 
 MOST_GROWTH = {"process_resident_memory_bytes": 1.1, "process_open_fds": 1.5, "process_threads": 1.2}
 
@@ -62,16 +61,14 @@ def grown(rows, seconds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=int, default=600)
-    parser.add_argument("--model", type=pathlib.Path, help="model directory; without it a tiny one with random weights")
+    parser = load_arguments(__doc__, seconds=600)
     parser.add_argument("flags", nargs="*", help="more flags of the server, behind --")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        model = options.model or write_tiny_model(folder / "tiny-random-model", layers=8)
+        model = model_of(options, folder)
         with Server(model, folder, "server", *LIMITS, *options.flags) as server:
-            load = Load(server.target)
+            load = load_of(options, server.target, model)
             rows = watch(server, options.seconds)
             load.stop()
             print("seen by the clients:", dict(load.codes))

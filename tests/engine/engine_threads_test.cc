@@ -16,10 +16,13 @@
 #include "engine/engine.h"
 #include "kernels/base/mutex.h"
 #include "tests/engine/schedule/publish.h"
+#include "tests/testing/bell.h"
 #include "tests/testing/status_matchers.h"
 
 namespace headstart {
 namespace {
+
+using testing::Bell;
 
 constexpr int kClients = 8;
 constexpr int kRequestsOfAClient = 60;
@@ -82,26 +85,6 @@ std::unique_ptr<Engine> MakeQuickEngine() {
   engine->Open();
   return engine;
 }
-
-// What a reader's thread waits for.
-class Bell {
- public:
-  void Ring() {
-    MutexLock lock(&mutex_);
-    rung_ = true;
-    changed_.Signal();
-  }
-  void Wait() {
-    MutexLock lock(&mutex_);
-    while (!rung_) changed_.Wait(&mutex_);
-    rung_ = false;
-  }
-
- private:
-  Mutex mutex_;
-  CondVar changed_;
-  bool rung_ ABSL_GUARDED_BY(mutex_) = false;
-};
 
 // Reads up to `most` chunks or to the end; acknowledges as it goes. Returns how it ended, if it
 // did.

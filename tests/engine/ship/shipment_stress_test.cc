@@ -12,10 +12,13 @@
 #include "absl/base/thread_annotations.h"
 #include "engine/ship/shipment.h"
 #include "kernels/base/mutex.h"
+#include "tests/testing/bell.h"
 #include "tests/testing/status_matchers.h"
 
 namespace headstart {
 namespace {
+
+using testing::Bell;
 
 using Keep = Shipment::Keep;
 
@@ -25,26 +28,6 @@ constexpr int64_t kPieces = 100;
 constexpr uint64_t kStressOwner = 1;
 constexpr KvGeometry kStressGeometry = {
     .num_layers = kStressLayers, .heads = {.num_heads = 4, .num_kv_heads = 2, .head_dim = 8}};
-
-// What a reader's thread or compute waits for.
-class Bell {
- public:
-  void Ring() {
-    MutexLock lock(&mutex_);
-    rung_ = true;
-    changed_.Signal();
-  }
-  void Wait() {
-    MutexLock lock(&mutex_);
-    while (!rung_) changed_.Wait(&mutex_);
-    rung_ = false;
-  }
-
- private:
-  Mutex mutex_;
-  CondVar changed_;
-  bool rung_ ABSL_GUARDED_BY(mutex_) = false;
-};
 
 class ShipmentStress {
  public:
