@@ -24,6 +24,9 @@ constexpr int kSweepMs = 1000;
 // Accepted in one go before the loop looks at Stop again.
 constexpr int kAcceptBurst = 256;
 
+// Rest after an accept that failed although a connection waits.
+constexpr int kRetryMs = 10;
+
 bool OutOfDescriptors(int error) {
   return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
 }
@@ -107,6 +110,7 @@ void Listener::Loop() {
     poll(fds, 2, kSweepMs);
     if (fds[1].revents != 0) return;
     if (fds[0].revents != 0) AcceptAll();
+    if (reserve_fd_ < 0) reserve_fd_ = OpenReserve();  // somebody was faster once
     MutexLock lock(&mutex_);
     Sweep();
   }
@@ -118,29 +122,46 @@ void Listener::AcceptAll() {
 }
 
 bool Listener::AcceptOne() {
-  sockaddr_storage address = {};
-  socklen_t length = sizeof(address);
-  const int fd = accept4(listen_fd_, reinterpret_cast<sockaddr*>(&address), &length,
-                         SOCK_NONBLOCK | SOCK_CLOEXEC);
+  Endpoint peer;
+  const int fd = Accept(&peer);
   if (fd >= 0) {
-    Admit(fd, ToEndpoint(address));
+    Admit(fd, peer);
     return true;
   }
-  if (OutOfDescriptors(errno)) return ShedWithReserve();
+  if (OutOfDescriptors(errno)) return AcceptWithReserve();
   // Everything else is about that one connection, which is gone.
   return errno != EAGAIN && errno != EWOULDBLOCK;
 }
 
+int Listener::Accept(Endpoint* peer) const {
+  sockaddr_storage address = {};
+  socklen_t length = sizeof(address);
+  const int fd = accept4(listen_fd_, reinterpret_cast<sockaddr*>(&address), &length,
+                         SOCK_NONBLOCK | SOCK_CLOEXEC);
+  if (fd >= 0) *peer = ToEndpoint(address);
+  return fd;
+}
+
 // Takes the connection with the descriptor that was kept for this, and closes it: else it would sit
-// in the queue and its client would wait for nothing.
-bool Listener::ShedWithReserve() {
+// in the queue and its client would wait for nothing. It stays when there are descriptors again.
+// Another thread may be faster to take the reserve, and a lack of kernel memory leaves none: then
+// it is tried again, after a rest.
+bool Listener::AcceptWithReserve() {
   if (reserve_fd_ >= 0) close(reserve_fd_);
-  const int fd = accept4(listen_fd_, nullptr, nullptr, SOCK_CLOEXEC);
-  if (fd >= 0) {
-    close(fd);
-    Shed(ShedReason::kNoFileDescriptors);
-  }
+  Endpoint peer;
+  const int fd = Accept(&peer);
+  const bool failed = fd < 0 && errno != EAGAIN && errno != EWOULDBLOCK;
   reserve_fd_ = OpenReserve();
+  if (fd >= 0 && reserve_fd_ >= 0) {
+    Admit(fd, peer);
+  } else if (fd >= 0) {
+    Shed(ShedReason::kNoFileDescriptors);  // before its client can know
+    close(fd);
+    reserve_fd_ = OpenReserve();
+  } else if (failed) {
+    pollfd wake = {wake_fd_, POLLIN, 0};
+    poll(&wake, 1, kRetryMs);
+  }
   return fd >= 0;
 }
 

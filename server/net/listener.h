@@ -77,7 +77,9 @@ class Listener {
   void AcceptAll();
   // False when there is nothing to accept.
   bool AcceptOne();
-  bool ShedWithReserve();
+  bool AcceptWithReserve();
+  // A connected socket, or -1 with errno.
+  int Accept(Endpoint* peer) const;
   void Admit(int fd, const Endpoint& peer);
   // Counts the connection in, or says why not.
   bool Register(int fd, const Endpoint& peer);

@@ -1,6 +1,7 @@
 #include "server/net/listener.h"
 
 #include <arpa/inet.h>
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <netinet/in.h>
 #include <poll.h>
@@ -8,6 +9,7 @@
 #include <unistd.h>
 
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "tests/testing/status_matchers.h"
@@ -152,25 +154,44 @@ TEST_P(ListenerSelfTest, KnowsItsOwnConnectionsAndTakesThemAboveTheLimit) {
 INSTANTIATE_TEST_SUITE_P(Hosts, ListenerSelfTest,
                          ::testing::Values("127.0.0.1", "0.0.0.0", "localhost"));
 
-// Takes every descriptor that is left, under a limit of its own.
-class AllDescriptors {
+// No descriptor from `limit` on can be had while this lives.
+class DescriptorLimit {
  public:
-  AllDescriptors() {
+  explicit DescriptorLimit(rlim_t limit) {
     getrlimit(RLIMIT_NOFILE, &before_);
     rlimit tight = before_;
-    tight.rlim_cur = 100;
+    tight.rlim_cur = limit;
     setrlimit(RLIMIT_NOFILE, &tight);
-    for (int fd = dup(0); fd >= 0; fd = dup(0)) taken_.push_back(fd);
   }
-  ~AllDescriptors() {
-    for (const int fd : taken_) close(fd);
-    setrlimit(RLIMIT_NOFILE, &before_);
-  }
+  ~DescriptorLimit() { setrlimit(RLIMIT_NOFILE, &before_); }
 
  private:
   rlimit before_ = {};
+};
+
+constexpr int kDescriptors = 1000;  // more than any test has open
+
+// Takes every descriptor that is left below that.
+class AllDescriptors {
+ public:
+  AllDescriptors() {
+    const auto take = [] { return open("/dev/null", O_RDONLY); };
+    for (int fd = take(); fd >= 0; fd = take()) taken_.push_back(fd);
+  }
+  ~AllDescriptors() {
+    for (const int fd : taken_) close(fd);
+  }
+
+ private:
+  const DescriptorLimit limit_{kDescriptors};
   std::vector<int> taken_;
 };
+
+int CountOpenDescriptors() {
+  int count = 0;
+  for (int fd = 0; fd < kDescriptors; ++fd) count += fcntl(fd, F_GETFD) >= 0 ? 1 : 0;
+  return count;
+}
 
 TEST_F(ListenerTest, ClosesConnectionsWhenDescriptorsRunOutAndRecovers) {
   Start({});
@@ -184,6 +205,23 @@ TEST_F(ListenerTest, ClosesConnectionsWhenDescriptorsRunOutAndRecovers) {
   EXPECT_EQ(listener_->stats().shed[static_cast<size_t>(ShedReason::kNoFileDescriptors)], 5);
   Connect();
   WaitForAccepted(1);
+}
+
+// As when another thread takes the reserve in the moment in which it is free.
+TEST_F(ListenerTest, GetsALostReserveBack) {
+  Start({});
+  const int early = Socket(), late = Socket();
+  const int open_before = CountOpenDescriptors();
+  {
+    const DescriptorLimit nothing(3);
+    ConnectFrom(early, "127.0.0.1");
+    while (CountOpenDescriptors() == open_before) std::this_thread::yield();
+  }
+  WaitForAccepted(1);  // taken when there was a descriptor again
+  while (CountOpenDescriptors() < open_before + 1) std::this_thread::yield();
+  const AllDescriptors none_left;
+  ConnectFrom(late, "127.0.0.1");
+  EXPECT_TRUE(IsClosed(late));
 }
 
 TEST(HostPortTest, ParsesNamesAndBothFamilies) {
