@@ -86,9 +86,12 @@ bool CostModel::KnowsDensities(absl::Span<const PieceShape> pieces) const {
   });
 }
 
-std::optional<absl::Duration> CostModel::Predict(absl::Span<const PieceShape> pieces) const {
+std::optional<absl::Duration> CostModel::Predict(absl::Span<const PieceShape> pieces,
+                                                 double share) const {
   if (num_steps_ < kMinSteps) return std::nullopt;
-  return absl::Seconds(Dot(coefficients_, FeaturesOf(pieces)));
+  Features features = FeaturesOf(pieces);
+  features[0] *= share;
+  return absl::Seconds(Dot(coefficients_, features));
 }
 
 void CostModel::Learn(absl::Span<const PieceShape> pieces, absl::Duration took) {

@@ -38,8 +38,10 @@ class CostModel {
   // Executed / causal blocks of a prompt that ended.
   void LearnDensity(const ProxyAttnOptions& attention, int64_t num_tokens, double density);
 
-  // None before kMinSteps steps were learned.
-  std::optional<absl::Duration> Predict(absl::Span<const PieceShape> pieces) const;
+  // None before kMinSteps steps were learned. `share`: of what a step takes for itself, where other
+  // pieces run in it too.
+  std::optional<absl::Duration> Predict(absl::Span<const PieceShape> pieces,
+                                        double share = 1) const;
   // Expected density of a prompt: that of prompts with the same options, else of sparse prompts; 1
   // before anything is known.
   double Density(const ProxyAttnOptions& attention, int64_t num_tokens) const;

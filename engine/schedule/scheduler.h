@@ -191,8 +191,9 @@ class Scheduler {
   // Where it goes on behind the step that runs, if it is in that.
   int64_t PositionBehindStep(const Entry& entry) const;
   // Of the pieces from `position` on, of which tokens before `ready` are there.
+  enum class Steps : uint8_t { kOwn, kShared };  // kShared: with others, up to batch_tokens
   std::optional<absl::Duration> CostFrom(const PrefillRequest& request, int64_t position,
-                                         int64_t ready) const;
+                                         int64_t ready, Steps steps) const;
   // What is left of the step that runs (not of urgent ones).
   absl::Duration StepRest(absl::Time now) const;
   // Until an urgent step may begin.

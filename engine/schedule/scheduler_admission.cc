@@ -134,7 +134,8 @@ absl::Duration Scheduler::RetryDelay(int64_t num_tokens) const {
 Estimate Scheduler::Predict(const PrefillRequest& request, absl::Time now, bool* displaces) const {
   Estimate estimate;
   estimate.cached_tokens = prefixes_.Count(request, 0);
-  const std::optional<absl::Duration> cost = CostFrom(request, 0, estimate.cached_tokens);
+  const std::optional<absl::Duration> cost =
+      CostFrom(request, 0, estimate.cached_tokens, Steps::kOwn);
   const int64_t num_computed = request.num_tokens() - estimate.cached_tokens;
   const absl::Duration guess = CostOrGuess(cost, num_computed);
   const QueuedWork newcomer{
@@ -151,7 +152,8 @@ Estimate Scheduler::Predict(const PrefillRequest& request, absl::Time now, bool*
                     entry->request.deadline};
     const int64_t from = PositionBehindStep(*entry);
     const int64_t ready = std::max({from, entry->ready, entry->hint});
-    work.cost = CostFrom(entry->request, from, ready).value_or(absl::ZeroDuration());
+    work.cost =
+        CostFrom(entry->request, from, ready, Steps::kShared).value_or(absl::ZeroDuration());
     if (entry->in_step && work.rank.Before(newcomer.rank)) gives_way = false;
     others.push_back(work);
   }
@@ -174,7 +176,7 @@ int64_t Scheduler::PositionBehindStep(const Entry& entry) const {
 }
 
 std::optional<absl::Duration> Scheduler::CostFrom(const PrefillRequest& request, int64_t position,
-                                                  int64_t ready) const {
+                                                  int64_t ready, Steps steps) const {
   const ProxyAttnOptions* attention = request.attention.enabled ? &request.attention : nullptr;
   absl::Duration sum;
   for (int64_t begin = position; begin < request.num_tokens(); begin += options_.piece_tokens) {
@@ -182,7 +184,11 @@ std::optional<absl::Duration> Scheduler::CostFrom(const PrefillRequest& request,
     const int64_t from = std::max(begin, ready);
     if (from >= end) continue;
     const PieceShape piece{end - from, from, attention};
-    const std::optional<absl::Duration> cost = costs_.Predict({&piece, 1});
+    const double share = steps == Steps::kOwn
+                             ? 1
+                             : std::min(1.0, static_cast<double>(piece.num_tokens) /
+                                                 static_cast<double>(options_.batch_tokens));
+    const std::optional<absl::Duration> cost = costs_.Predict({&piece, 1}, share);
     if (!cost.has_value()) return std::nullopt;
     sum += *cost;
   }
@@ -205,7 +211,7 @@ std::optional<absl::Duration> Scheduler::PredictDrain(absl::Time now) const {
     if (entry->computed || entry->ended) continue;
     const int64_t from = PositionBehindStep(*entry);
     const std::optional<absl::Duration> cost =
-        CostFrom(entry->request, from, std::max(from, entry->ready));
+        CostFrom(entry->request, from, std::max(from, entry->ready), Steps::kShared);
     if (!cost.has_value()) return std::nullopt;
     sum += *cost;
   }

@@ -11,7 +11,7 @@ namespace {
 using ::testing::HasSubstr;
 using testing::StatusIs;
 
-// A machine of 1000 tokens a second.
+// A machine of 1000 tokens a second, which may take a time for each step besides.
 class EstimateTest : public SchedulerTest {
  protected:
   void Run(const std::string& id, int64_t num_tokens) {
@@ -22,7 +22,7 @@ class EstimateTest : public SchedulerTest {
   void RunStep(Step& step) {
     int64_t tokens = 0;
     for (const Piece& piece : step.pieces) tokens += piece.num_tokens();
-    const double seconds = static_cast<double>(tokens) / 1000;
+    const double seconds = step_seconds_ + static_cast<double>(tokens) / 1000;
     Pass(absl::Seconds(seconds));
     Finish(step, seconds);
   }
@@ -36,6 +36,8 @@ class EstimateTest : public SchedulerTest {
     return request;
   }
   static double Seconds(absl::Duration duration) { return absl::ToDoubleSeconds(duration); }
+
+  double step_seconds_ = 0;
 };
 
 TEST_F(EstimateTest, SaysNothingBeforeItKnows) {
@@ -70,6 +72,20 @@ TEST_F(EstimateTest, QueueIsThoseWhoComeBefore) {
   EXPECT_EQ(estimate.requests_ahead, 2);
   EXPECT_EQ(estimate.tokens_ahead, 800);
   EXPECT_NEAR(Seconds(*scheduler_->PredictDrain(now_)), 3.8, 0.4);
+}
+
+TEST_F(EstimateTest, ShortOnesShareTheirSteps) {
+  step_seconds_ = 0.3;
+  Learn();
+  const int64_t tokens = 64;  // four of them fill a step
+  for (int i = 0; i < 8; ++i) MustAdd(Request(absl::StrCat(i), tokens));
+  const double all = 2 * step_seconds_ + 8 * static_cast<double>(tokens) / 1000;
+  EXPECT_NEAR(Seconds(*scheduler_->PredictDrain(now_)), all, all / 10);
+  const Estimate estimate = scheduler_->Foresee(Request("next", tokens), now_);
+  EXPECT_NEAR(Seconds(*estimate.queue), all, all / 10);
+  // By itself it has a step of its own.
+  const double alone = step_seconds_ + static_cast<double>(tokens) / 1000;
+  EXPECT_NEAR(Seconds(*estimate.compute), alone, alone / 10);
 }
 
 TEST_F(EstimateTest, WhatRunsCountsByWhatIsLeftOfIt) {
