@@ -26,6 +26,7 @@ struct ActiveRequest {
   absl::Duration lease = absl::ZeroDuration();
   absl::Time expiry = absl::InfiniteFuture();        // the deadline, once computed the lease
   absl::Time latest_start = absl::InfiniteFuture();  // see Rank
+  absl::Time waits_since = absl::InfinitePast();     // since it came, or its last piece ended
   std::optional<absl::Duration> foreseen;            // until computed, without Interruptions
 
   // ---- how far it is
@@ -45,6 +46,7 @@ struct ActiveRequest {
 
   bool queued = true;  // no piece of it was run
   bool in_step = false;
+  absl::Time stepped_at = absl::InfinitePast();  // into the last step
   bool computed = false;
   bool ended = false;  // while in a step: goes when that is finished
   std::atomic<bool> cancelled{false};

@@ -10,7 +10,7 @@ namespace headstart {
 // Of a request at one moment. A higher level goes first, then the earlier latest_start, then who
 // came first.
 struct Rank {
-  int64_t level = 0;  // priority, and one more for every ageing interval since it came
+  int64_t level = 0;  // priority, and one more for every ageing interval since it last ran
   // When it must begin to be done in time; see LatestStart. Never changes, so whoever waits is
   // overtaken by fewer and fewer of those that come later.
   absl::Time latest_start = absl::InfiniteFuture();
@@ -28,7 +28,9 @@ struct Rank {
 // some time.
 absl::Time LatestStart(absl::Time accepted, absl::Duration cost, absl::Time deadline);
 
-// The level at `now`. Every `ageing` of waiting counts as much as one step of priority.
-int64_t LevelAt(int32_t priority, absl::Time accepted, absl::Duration ageing, absl::Time now);
+// The level at `now`. Every `ageing` of waiting counts as much as one step of priority. What was
+// gained so is spent with one piece: were it kept, a few long prompts that waited would hold up all
+// short ones until they are whole.
+int64_t LevelAt(int32_t priority, absl::Time waits_since, absl::Duration ageing, absl::Time now);
 
 }  // namespace headstart

@@ -2,9 +2,9 @@
 // time is an argument, so a simulation runs this very class.
 //
 // Order: a request of higher level goes before one of lower level (its priority, and one more for
-// every ageing interval that it has waited), then the one that must begin earlier to be done in
-// time (Rank). Pieces are cut by position alone, so a prompt's KV does not depend on what else
-// runs.
+// every ageing interval that it has waited for its next piece), then the one that must begin
+// earlier to be done in time (Rank). Pieces are cut by position alone, so a prompt's KV does not
+// depend on what else runs.
 //
 // A step holds the next piece of the first request that can run, and of those behind it as many as
 // fit into batch_tokens with it. Who can't run: whose next page another one computes at this moment

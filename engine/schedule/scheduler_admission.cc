@@ -46,7 +46,7 @@ absl::StatusOr<Admitted> Scheduler::Add(PrefillRequest request, const std::strin
   entry->latest_start =
       LatestStart(now, CostOrGuess(estimate.compute, request.num_tokens() - estimate.cached_tokens),
                   request.deadline);
-  entry->result.accepted_at = now;
+  entry->result.accepted_at = entry->waits_since = now;
   entry->result.predicted_ttft = estimate.ttft();
   if (estimate.known.has_value()) entry->foreseen = *estimate.known + *estimate.compute;
   entry->fetch_id = fetch_id;

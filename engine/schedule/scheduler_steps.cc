@@ -22,7 +22,8 @@ std::vector<PieceShape> ShapesOf(const Step& step) {
 // ---- order
 
 Rank Scheduler::RankOf(const Entry& entry, absl::Time now) const {
-  return {LevelAt(entry.request.priority, entry.result.accepted_at, options_.ageing, now),
+  const absl::Time until = entry.in_step ? entry.stepped_at : now;
+  return {LevelAt(entry.request.priority, entry.waits_since, options_.ageing, until),
           entry.latest_start, entry.key};
 }
 
@@ -210,6 +211,7 @@ Piece Scheduler::MakePiece(Entry& entry, const Pass& pass, absl::Time now) {
     entry.shipment->Start();
   }
   entry.in_step = true;
+  entry.stepped_at = now;
   Piece piece;
   piece.request = entry.key;
   piece.slot = entry.slot;
@@ -255,7 +257,7 @@ void Scheduler::Finish(const Step& step, StepResult result, absl::Time now) {
     HEADSTART_CHECK(found != entries_.end() && found->second->in_step);
     Entry& entry = *found->second;
     entry.in_step = false;
-    entry.held_since = now;
+    entry.held_since = entry.waits_since = now;
     const Pass pass = NextPass(entry, entry.ready);
     for (const PageHash& name : prefixes_.KeptNames(entry.request, pass.compute_begin, pass.end)) {
       in_computation_.erase(name);

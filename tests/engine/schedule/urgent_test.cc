@@ -50,6 +50,27 @@ TEST_F(UrgentTest, WhatDoesNotFitWaits) {
   EXPECT_FALSE(scheduler_->NextUrgent(running, now_).has_value());
 }
 
+TEST_F(UrgentTest, WhatWaitedLongGetsAPieceAndNoMore) {
+  SchedulerOptions options = SmallOptions();
+  options.ageing = absl::Seconds(1);
+  Make(options);
+  const uint64_t waited = MustAdd(Request("long", 4 * kPiece)).key;
+  Pass(options.ageing);
+  const uint64_t a = MustAdd(Request("a", 100)).key;
+  std::optional<Step> step = scheduler_->Next(now_);
+  EXPECT_THAT(KeysOf(step), ElementsAre(waited));
+  EXPECT_FALSE(scheduler_->NextUrgent(*step, now_).has_value());
+  Finish(*step);
+  step = scheduler_->Next(now_);
+  EXPECT_THAT(KeysOf(step), ElementsAre(a));
+  Finish(*step);
+  step = scheduler_->Next(now_);
+  EXPECT_THAT(KeysOf(step), ElementsAre(waited));
+  Pass(options.ageing);  // while it runs it does not wait
+  const uint64_t b = MustAdd(Request("b", 100)).key;
+  EXPECT_THAT(KeysOf(scheduler_->NextUrgent(*step, now_)), ElementsAre(b));
+}
+
 TEST_F(UrgentTest, DoesNotInterruptHigherPriority) {
   Step running = RunLong(/*priority=*/1);
   MustAdd(Request("a", 10));
@@ -58,7 +79,7 @@ TEST_F(UrgentTest, DoesNotInterruptHigherPriority) {
 
 TEST_F(UrgentTest, DoesNotInterruptWhatIsLate) {
   Step running = RunLong();
-  Pass(absl::Seconds(5));
+  Pass(absl::Seconds(8));
   MustAdd(Request("a", 10));
   EXPECT_FALSE(scheduler_->NextUrgent(running, now_).has_value());
 }

@@ -195,7 +195,7 @@ void SimulatedEngine::FillBook(const PrefillRequest& request, RequestBook& book)
   book.prefix = request.prefix;
   book.is_sparse = request.attention.enabled;
   book.priority = request.priority;
-  book.accepted = timeline_.now();
+  book.accepted = book.waits_since = timeline_.now();
   book.skip_tokens = request.skip_tokens;
   book.expiry = request.deadline;
   book.reserves = request.detached.has_value() && request.detached->readers.empty();

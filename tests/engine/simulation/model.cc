@@ -137,6 +137,7 @@ void Model::CountOthersTime(const Step& step, absl::Duration took) {
 
 void Model::End(RequestBook& request, bool ok, absl::Time now) {
   request.in_step = false;
+  request.waits_since = now;
   const bool ended = !request.shipment->Open(std::nullopt, 0).ok();
   if (!ended && ok) {
     Publish(request);

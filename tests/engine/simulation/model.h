@@ -74,6 +74,7 @@ struct RequestBook {
   bool is_sparse = false;
   int32_t priority = 0;
   absl::Time accepted;
+  absl::Time waits_since;  // accepted, or its last piece ended
   absl::Time latest_start;
   int64_t skip_tokens = 0;
   absl::Duration lease = absl::ZeroDuration();  // zero: attached
@@ -89,6 +90,7 @@ struct RequestBook {
   int64_t num_found = 0;
   int64_t pass_begin = 0, pass_end = 0;  // of the piece in a step: tokens that are computed
   bool in_step = false;
+  absl::Time stepped_at;  // of the last step that it is or was in
   bool started = false;
   bool computed = false;
   bool slot_is_stale = true;

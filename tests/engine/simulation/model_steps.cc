@@ -8,8 +8,8 @@
 namespace headstart::simulation {
 
 Model::Standing Model::StandingOf(const RequestBook& request, absl::Time now) const {
-  const auto aged =
-      static_cast<int64_t>(absl::FDivDuration(now - request.accepted, options_.ageing) + 1e-9);
+  const absl::Duration waited = (request.in_step ? request.stepped_at : now) - request.waits_since;
+  const auto aged = static_cast<int64_t>(absl::FDivDuration(waited, options_.ageing) + 1e-9);
   return {-(request.priority + aged), request.latest_start, request.key};
 }
 
@@ -81,6 +81,7 @@ std::vector<Model::Turn> Model::ToRun(const Step* running, int64_t free, absl::T
     const std::optional<Turn> turn = TurnOf(*request, step, now);
     if (!turn.has_value()) continue;
     request->in_step = true;
+    request->stepped_at = now;
     request->pass_begin = turn->compute_begin;
     request->pass_end = turn->end;
     turns.push_back(*turn);
@@ -163,9 +164,9 @@ void Model::CheckNobodyForgotten(const std::vector<Turn>& turns, bool urgent) co
     if (!request->waits_for_compute() || WaitsForPage(*request, request->ready)) continue;
     if (urgent && !IsShort(*request, request->ready)) continue;
     const absl::Time came_much_later =
-        request->accepted + (kMostPriority - request->priority + 1) * options_.ageing;
+        request->waits_since + (kMostPriority - request->priority + 1) * options_.ageing;
     const bool forgotten = std::all_of(turns.begin(), turns.end(), [&](const Turn& turn) {
-      return turn.request->accepted > came_much_later;
+      return turn.request->waits_since > came_much_later;
     });
     if (forgotten) Violate(Invariant::kOrder, absl::StrCat(request->id, " is forgotten"));
   }
