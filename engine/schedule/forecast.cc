@@ -14,7 +14,7 @@ Forecast MakeForecast(const QueuedWork& newcomer, std::vector<QueuedWork> others
     done += other.cost;
     if (other.rank.Before(newcomer.rank)) {
       forecast.queue = done;
-      ++forecast.requests_ahead;
+      if (other.num_tokens > 0) ++forecast.requests_ahead;
       forecast.tokens_ahead += other.num_tokens;
       continue;
     }

@@ -9,11 +9,11 @@
 
 namespace headstart {
 
-// A request that is not computed yet.
+// Of a request that is not computed yet, pieces of one rank.
 struct QueuedWork {
   Rank rank;
-  int64_t num_tokens = 0;
-  absl::Duration cost;  // what is left of it, without the step that runs
+  int64_t num_tokens = 0;  // of the whole prompt; 0: it has other pieces before these
+  absl::Duration cost;     // without the step that runs
   absl::Time deadline = absl::InfiniteFuture();
 };
 

@@ -188,6 +188,9 @@ class Scheduler {
   absl::Duration RetryDelay(int64_t num_tokens) const;
   // Without the refusal; `displaces`: as in Forecast.
   Estimate Predict(const PrefillRequest& request, absl::Time now, bool* displaces) const;
+  // Adds what is left of a request, but for the step that runs: its next piece, and if waiting gave
+  // that a higher level the others by themselves.
+  void AddWork(const Entry& entry, absl::Time now, std::vector<QueuedWork>& work) const;
   // Where it goes on behind the step that runs, if it is in that.
   int64_t PositionBehindStep(const Entry& entry) const;
   // Of the pieces from `position` on, of which tokens before `ready` are there.

@@ -148,14 +148,8 @@ Estimate Scheduler::Predict(const PrefillRequest& request, absl::Time now, bool*
   bool gives_way = is_short;  // the step that runs
   for (const auto& [key, entry] : entries_) {
     if (entry->computed || entry->ended) continue;
-    QueuedWork work{RankOf(*entry, now), entry->num_tokens(), absl::ZeroDuration(),
-                    entry->request.deadline};
-    const int64_t from = PositionBehindStep(*entry);
-    const int64_t ready = std::max({from, entry->ready, entry->hint});
-    work.cost =
-        CostFrom(entry->request, from, ready, Steps::kShared).value_or(absl::ZeroDuration());
-    if (entry->in_step && work.rank.Before(newcomer.rank)) gives_way = false;
-    others.push_back(work);
+    if (entry->in_step && RankOf(*entry, now).Before(newcomer.rank)) gives_way = false;
+    AddWork(*entry, now, others);
   }
   const absl::Duration rest = StepRest(now);
   const absl::Duration busy = gives_way ? std::min(rest, LayerWait()) : rest;
@@ -169,6 +163,23 @@ Estimate Scheduler::Predict(const PrefillRequest& request, absl::Time now, bool*
       std::max(forecast.ttft() * interruptions_.Factor(num_computed) - *cost, absl::ZeroDuration());
   *displaces = forecast.displaces;
   return estimate;
+}
+
+void Scheduler::AddWork(const Entry& entry, absl::Time now, std::vector<QueuedWork>& work) const {
+  const int64_t from = PositionBehindStep(entry);
+  const auto cost_from = [&](int64_t position) {
+    const int64_t ready = std::max({position, entry.ready, entry.hint});
+    return CostFrom(entry.request, position, ready, Steps::kShared).value_or(absl::ZeroDuration());
+  };
+  QueuedWork next{RankOf(entry, now), entry.num_tokens(), cost_from(from), entry.request.deadline};
+  const Rank unaged{entry.request.priority, entry.latest_start, entry.key};
+  if (next.rank.level > unaged.level) {
+    const QueuedWork rest{unaged, 0, cost_from(entry.in_step ? from : from + options_.piece_tokens),
+                          std::exchange(next.deadline, absl::InfiniteFuture())};
+    next.cost -= rest.cost;
+    work.push_back(rest);
+  }
+  work.push_back(next);
 }
 
 int64_t Scheduler::PositionBehindStep(const Entry& entry) const {

@@ -74,6 +74,21 @@ TEST_F(EstimateTest, QueueIsThoseWhoComeBefore) {
   EXPECT_NEAR(Seconds(*scheduler_->PredictDrain(now_)), 3.8, 0.4);
 }
 
+TEST_F(EstimateTest, OfOneThatWaitedLongOnePieceGoesFirst) {
+  SchedulerOptions options = SmallOptions();
+  options.ageing = absl::Seconds(1);
+  Make(options);
+  Learn();
+  MustAdd(Request("long", 4 * kPiece));
+  Pass(options.ageing);
+  EXPECT_NEAR(Seconds(*scheduler_->Foresee(Request("a", 100), now_).queue), 0.51, 0.05);
+  std::optional<Step> step = scheduler_->Next(now_);
+  const Estimate estimate = scheduler_->Foresee(Request("a", 100), now_);
+  EXPECT_NEAR(Seconds(*estimate.queue), 0.51, 0.05);
+  EXPECT_EQ(estimate.requests_ahead, 1);
+  EXPECT_EQ(estimate.tokens_ahead, 4 * kPiece);
+}
+
 TEST_F(EstimateTest, ShortOnesShareTheirSteps) {
   step_seconds_ = 0.3;
   Learn();
