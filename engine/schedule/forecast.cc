@@ -5,7 +5,7 @@
 namespace headstart {
 
 Forecast MakeForecast(const QueuedWork& newcomer, std::vector<QueuedWork> others,
-                      absl::Duration busy, double margin, absl::Time now) {
+                      absl::Duration busy, bool urgent, double margin, absl::Time now) {
   std::sort(others.begin(), others.end(),
             [](const QueuedWork& a, const QueuedWork& b) { return a.rank.Before(b.rank); });
   Forecast forecast{.queue = busy, .compute = newcomer.cost};
@@ -13,7 +13,7 @@ Forecast MakeForecast(const QueuedWork& newcomer, std::vector<QueuedWork> others
   for (const QueuedWork& other : others) {
     done += other.cost;
     if (other.rank.Before(newcomer.rank)) {
-      forecast.queue = done;
+      if (!urgent || other.is_short) forecast.queue += other.cost;
       if (other.num_tokens > 0) ++forecast.requests_ahead;
       forecast.tokens_ahead += other.num_tokens;
       continue;

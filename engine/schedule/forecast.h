@@ -15,6 +15,7 @@ struct QueuedWork {
   int64_t num_tokens = 0;  // of the whole prompt; 0: it has other pieces before these
   absl::Duration cost;     // without the step that runs
   absl::Time deadline = absl::InfiniteFuture();
+  bool is_short = false;  // runs between two layers of a step
 };
 
 struct Forecast {
@@ -28,9 +29,10 @@ struct Forecast {
   absl::Duration ttft() const { return queue + compute; }
 };
 
-// `busy`: until the machine is free for it, whoever comes next. Times behind the
-// newcomer are stretched by `margin` where they are held against the deadline of another one.
+// `busy`: until the machine is free for it, whoever comes next; `urgent`: that is between two
+// layers of a step, where only short ones run before it. Times behind the newcomer are stretched by
+// `margin` where they are held against the deadline of another one.
 Forecast MakeForecast(const QueuedWork& newcomer, std::vector<QueuedWork> others,
-                      absl::Duration busy, double margin, absl::Time now);
+                      absl::Duration busy, bool urgent, double margin, absl::Time now);
 
 }  // namespace headstart

@@ -55,17 +55,16 @@ int64_t PrefixHits::Count(const PrefillRequest& request, int64_t from) const {
   return found;
 }
 
-const PageHash* PrefixHits::NextName(const ActiveRequest& request, int64_t ready) const {
+const PageHash* PrefixHits::NextName(const PrefillRequest& request, int64_t num_computed,
+                                     int64_t ready) const {
   // Pages that are found under another attention's root stand for the start of a prompt only.
-  const bool same_attention = request.request.prefix.keeps_pages;
-  if (ready >= Limit(request.request) || (!same_attention && request.num_computed > 0)) {
-    return nullptr;
-  }
-  return &request.request.page_names[PageOf(ready)];
+  const bool same_attention = request.prefix.keeps_pages;
+  if (ready >= Limit(request) || (!same_attention && num_computed > 0)) return nullptr;
+  return &request.page_names[PageOf(ready)];
 }
 
 void PrefixHits::Extend(ActiveRequest& request, bool begins) const {
-  if (NextName(request, request.ready) == nullptr) return;
+  if (NextName(request.request, request.num_computed, request.ready) == nullptr) return;
   // Only pages of whole runs are touched: the others would seem to be in use.
   const int64_t end = Count(request.request, request.ready);
   for (int64_t token = request.ready; token < end; token += kBlockTokens) {

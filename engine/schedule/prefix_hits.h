@@ -31,8 +31,10 @@ class PrefixHits {
   // long as it has no others (it begins), else in place of those.
   void Extend(ActiveRequest& request, bool begins) const;
 
-  // The name under which the page behind `ready` may be found; null: it will be computed.
-  const PageHash* NextName(const ActiveRequest& request, int64_t ready) const;
+  // The name under which the page behind `ready` may be found, when `num_computed` tokens were
+  // computed; null: it will be computed.
+  const PageHash* NextName(const PrefillRequest& request, int64_t num_computed,
+                           int64_t ready) const;
 
   // Names of the whole pages of tokens [begin, end), as far as they are to be found by others.
   absl::Span<const PageHash> KeptNames(const PrefillRequest& request, int64_t begin,

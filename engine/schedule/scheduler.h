@@ -178,6 +178,15 @@ class Scheduler {
     int64_t num_computed() const { return end - compute_begin; }
   };
 
+  // A step that runs, or none.
+  struct RunningStep {
+    bool runs = false;
+    absl::Time began = absl::InfinitePast();  // later by what urgent ones took of its time
+    absl::Duration cost;                      // as predicted; 0: unknown, or none runs
+
+    absl::Duration Rest(absl::Time now) const;
+  };
+
   // Who may take memory although one before it that lacks it does not get it.
   enum class Overtaking : uint8_t { kAnybody, kShort, kNobody };
 
@@ -191,14 +200,16 @@ class Scheduler {
   // Adds what is left of a request, but for the step that runs: its next piece, and if waiting gave
   // that a higher level the others by themselves.
   void AddWork(const Entry& entry, absl::Time now, std::vector<QueuedWork>& work) const;
+  // Whether a newcomer, of which `found` tokens are there, would run between two layers of the step
+  // that runs: not when that is nearly done, comes before it, or somebody computes its next page.
+  bool WouldBeUrgent(const PrefillRequest& request, const Rank& rank, int64_t found,
+                     absl::Time now) const;
   // Where it goes on behind the step that runs, if it is in that.
   int64_t PositionBehindStep(const Entry& entry) const;
   // Of the pieces from `position` on, of which tokens before `ready` are there.
   enum class Steps : uint8_t { kOwn, kShared };  // kShared: with others, up to batch_tokens
   std::optional<absl::Duration> CostFrom(const PrefillRequest& request, int64_t position,
                                          int64_t ready, Steps steps) const;
-  // What is left of the step that runs (not of urgent ones).
-  absl::Duration StepRest(absl::Time now) const;
   // Until an urgent step may begin.
   absl::Duration LayerWait() const;
   // Of the request's KV, in the type in which it is asked for.
@@ -212,6 +223,7 @@ class Scheduler {
   Rank RankOf(const Entry& entry, absl::Time now) const;
   // Those that wait for compute, in their order.
   std::vector<std::pair<Rank, Entry*>> Waiting(absl::Time now) const;
+  RunningStep Begin(const Step& step, absl::Time now) const;
   // `before`: only of short ones that come before that.
   std::optional<Step> MakeStep(const std::optional<Rank>& before, absl::Time now);
   // Of one that has no pages yet.
@@ -268,10 +280,7 @@ class Scheduler {
   std::vector<int32_t> free_slots_;
   absl::flat_hash_set<PageHash> in_computation_;  // names of pages of the steps that run
 
-  // The step that runs, urgent ones aside.
-  bool stepping_ = false;
-  absl::Time step_began_ = absl::InfinitePast();
-  absl::Duration step_cost_ = absl::ZeroDuration();  // as predicted
+  RunningStep step_, urgent_step_;
 };
 
 }  // namespace headstart

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/algorithm/container.h"
 #include "absl/strings/str_cat.h"
 #include "engine/error.h"
 #include "engine/schedule/scheduler.h"
@@ -22,6 +23,10 @@ constexpr absl::Duration kStale = absl::Seconds(1);
 
 absl::Duration CostOrGuess(const std::optional<absl::Duration>& cost, int64_t num_tokens) {
   return cost.value_or(kGuessedTokenCost * num_tokens);
+}
+
+bool HasPage(const PrefillRequest& request, int64_t page, const PageHash& name) {
+  return page < std::ssize(request.page_names) && request.page_names[page] == name;
 }
 
 absl::Duration ForPrinting(absl::Duration time) { return absl::Trunc(time, absl::Milliseconds(1)); }
@@ -143,17 +148,14 @@ Estimate Scheduler::Predict(const PrefillRequest& request, absl::Time now, bool*
       request.num_tokens(),
       guess,
       request.deadline};
-  const bool is_short = num_computed <= options_.batch_tokens;
   std::vector<QueuedWork> others;
-  bool gives_way = is_short;  // the step that runs
   for (const auto& [key, entry] : entries_) {
-    if (entry->computed || entry->ended) continue;
-    if (entry->in_step && RankOf(*entry, now).Before(newcomer.rank)) gives_way = false;
-    AddWork(*entry, now, others);
+    if (!entry->computed && !entry->ended) AddWork(*entry, now, others);
   }
-  const absl::Duration rest = StepRest(now);
-  const absl::Duration busy = gives_way ? std::min(rest, LayerWait()) : rest;
-  const Forecast forecast = MakeForecast(newcomer, std::move(others), busy, costs_.Margin(), now);
+  const bool urgent = WouldBeUrgent(request, newcomer.rank, estimate.cached_tokens, now);
+  const absl::Duration busy = urgent_step_.Rest(now) + (urgent ? LayerWait() : step_.Rest(now));
+  const Forecast forecast =
+      MakeForecast(newcomer, std::move(others), busy, urgent, costs_.Margin(), now);
   estimate.requests_ahead = forecast.requests_ahead;
   estimate.tokens_ahead = forecast.tokens_ahead;
   if (!cost.has_value()) return estimate;
@@ -165,13 +167,30 @@ Estimate Scheduler::Predict(const PrefillRequest& request, absl::Time now, bool*
   return estimate;
 }
 
+bool Scheduler::WouldBeUrgent(const PrefillRequest& request, const Rank& rank, int64_t found,
+                              absl::Time now) const {
+  if (request.num_tokens() - found > options_.batch_tokens || step_.Rest(now) <= LayerWait()) {
+    return false;
+  }
+  const PageHash* const next_page = prefixes_.NextName(request, 0, found);
+  return absl::c_none_of(entries_, [&](const auto& other) {
+    const Entry& entry = *other.second;
+    if (entry.computed || entry.ended) return false;
+    const bool has_its_next_page =
+        next_page != nullptr && HasPage(entry.request, found / kBlockTokens, *next_page);
+    return has_its_next_page || (entry.in_step && RankOf(entry, now).Before(rank));
+  });
+}
+
 void Scheduler::AddWork(const Entry& entry, absl::Time now, std::vector<QueuedWork>& work) const {
   const int64_t from = PositionBehindStep(entry);
   const auto cost_from = [&](int64_t position) {
     const int64_t ready = std::max({position, entry.ready, entry.hint});
     return CostFrom(entry.request, position, ready, Steps::kShared).value_or(absl::ZeroDuration());
   };
-  QueuedWork next{RankOf(entry, now), entry.num_tokens(), cost_from(from), entry.request.deadline};
+  const int64_t ready = std::max({from, entry.ready, entry.hint});
+  QueuedWork next{RankOf(entry, now), entry.num_tokens(), cost_from(from), entry.request.deadline,
+                  IsShort(entry, ready)};
   const Rank unaged{entry.request.priority, entry.latest_start, entry.key};
   if (next.rank.level > unaged.level) {
     const QueuedWork rest{unaged, 0, cost_from(entry.in_step ? from : from + options_.piece_tokens),
@@ -206,18 +225,17 @@ std::optional<absl::Duration> Scheduler::CostFrom(const PrefillRequest& request,
   return sum;
 }
 
-absl::Duration Scheduler::StepRest(absl::Time now) const {
-  if (!stepping_) return absl::ZeroDuration();
-  return std::max(step_cost_ - (now - step_began_), absl::ZeroDuration());
+absl::Duration Scheduler::RunningStep::Rest(absl::Time now) const {
+  return std::max(cost - (now - began), absl::ZeroDuration());
 }
 
 absl::Duration Scheduler::LayerWait() const {
-  return step_cost_ * kLayersAhead / options_.geometry.num_layers;
+  return step_.cost * kLayersAhead / options_.geometry.num_layers;
 }
 
 std::optional<absl::Duration> Scheduler::PredictDrain(absl::Time now) const {
   if (!costs_.TokensPerSecond().has_value()) return std::nullopt;  // nothing is known
-  absl::Duration sum = StepRest(now);
+  absl::Duration sum = step_.Rest(now) + urgent_step_.Rest(now);
   for (const auto& [key, entry] : entries_) {
     if (entry->computed || entry->ended) continue;
     const int64_t from = PositionBehindStep(*entry);

@@ -17,6 +17,14 @@ std::vector<PieceShape> ShapesOf(const Step& step) {
   return shapes;
 }
 
+absl::Duration TimeOf(const StepResult& result) {
+  double seconds = 0;
+  for (const PieceResult& piece : result) {
+    seconds = std::max(seconds, piece.result.compute_seconds);
+  }
+  return absl::Seconds(seconds);
+}
+
 }  // namespace
 
 // ---- order
@@ -40,12 +48,10 @@ std::vector<std::pair<Rank, Scheduler::Entry*>> Scheduler::Waiting(absl::Time no
 // ---- a step
 
 std::optional<Step> Scheduler::Next(absl::Time now) {
-  HEADSTART_CHECK(!stepping_);
+  HEADSTART_CHECK(!step_.runs);
   std::optional<Step> step = MakeStep(std::nullopt, now);
   if (!step.has_value()) return step;
-  stepping_ = true;
-  step_began_ = now;
-  step_cost_ = costs_.Predict(ShapesOf(*step)).value_or(absl::ZeroDuration());
+  step_ = Begin(*step, now);
   return step;
 }
 
@@ -58,7 +64,12 @@ std::optional<Step> Scheduler::NextUrgent(const Step& running, absl::Time now) {
   std::optional<Step> step = MakeStep(first, now);
   if (!step.has_value()) return step;
   step->urgent = true;
+  urgent_step_ = Begin(*step, now);
   return step;
+}
+
+Scheduler::RunningStep Scheduler::Begin(const Step& step, absl::Time now) const {
+  return {true, now, costs_.Predict(ShapesOf(step)).value_or(absl::ZeroDuration())};
 }
 
 std::optional<Step> Scheduler::MakeStep(const std::optional<Rank>& before, absl::Time now) {
@@ -154,7 +165,7 @@ bool Scheduler::IsShort(const Entry& entry, int64_t ready) const {
 }
 
 bool Scheduler::WillBeFound(const Entry& entry, int64_t ready) const {
-  const PageHash* name = prefixes_.NextName(entry, ready);
+  const PageHash* name = prefixes_.NextName(entry.request, entry.num_computed, ready);
   return name != nullptr && in_computation_.contains(*name);
 }
 
@@ -248,8 +259,10 @@ void Scheduler::Finish(const Step& step, StepResult result, absl::Time now) {
   ++load_.steps;
   if (step.urgent) {
     ++load_.urgent_steps;
+    step_.began += TimeOf(result);
+    urgent_step_ = {};
   } else {
-    stepping_ = false;
+    step_ = {};
   }
   for (size_t i = 0; i < result.size(); ++i) {
     const Piece& piece = step.pieces[i];
@@ -274,13 +287,11 @@ void Scheduler::Finish(const Step& step, StepResult result, absl::Time now) {
 
 void Scheduler::LearnFrom(const Step& step, const StepResult& result, absl::Time now) {
   const std::vector<PieceShape> shapes = ShapesOf(step);
-  double seconds = 0;
   for (const PieceResult& piece : result) {
     if (!piece.status.ok()) return;
-    seconds = std::max(seconds, piece.result.compute_seconds);
   }
   if (shapes.empty()) return;
-  costs_.Learn(shapes, absl::Seconds(seconds));
+  costs_.Learn(shapes, TimeOf(result));
   learned_at_ = now;
 }
 

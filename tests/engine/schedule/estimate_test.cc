@@ -121,6 +121,33 @@ TEST_F(EstimateTest, AShortOneWaitsForLayersOnly) {
   EXPECT_LT(Seconds(*estimate.queue), 0.55);
 }
 
+TEST_F(EstimateTest, AShortOneBetweenLayersDoesNotWaitForLongOnesThatWait) {
+  SchedulerOptions options = SmallOptions();
+  options.geometry.num_layers = 16;
+  Make(options, {.host_chunks = 1000});
+  Learn();
+  MustAdd(Prioritised(Request("runs", kPiece), -1));
+  std::optional<Step> step = scheduler_->Next(now_);
+  MustAdd(Prioritised(Request("before", kPiece), 1));
+  const Estimate estimate = scheduler_->Foresee(Request("short", 100), now_);
+  EXPECT_NEAR(Seconds(*estimate.queue), 0.51 * 2 / 16, 0.02);
+  EXPECT_EQ(estimate.requests_ahead, 1);
+  Pass(absl::Milliseconds(490));  // no layers are left between which it could run
+  EXPECT_NEAR(Seconds(*scheduler_->Foresee(Request("short", 100), now_).queue), 0.53, 0.03);
+}
+
+TEST_F(EstimateTest, WhatGaveWayIsNotDoneEarlier) {
+  Learn();
+  MustAdd(Request("long", kPiece));
+  std::optional<Step> step = scheduler_->Next(now_);
+  MustAdd(Request("short", 200));
+  std::optional<Step> inside = scheduler_->NextUrgent(*step, now_);
+  ASSERT_TRUE(inside.has_value());
+  EXPECT_NEAR(Seconds(*scheduler_->PredictDrain(now_)), 0.71, 0.05);
+  RunStep(*inside);
+  EXPECT_NEAR(Seconds(*scheduler_->PredictDrain(now_)), 0.51, 0.05);
+}
+
 TEST_F(EstimateTest, IsWhatComesToPass) {
   Learn();
   std::vector<std::pair<absl::Time, uint64_t>> predicted;
