@@ -20,6 +20,8 @@ SignalWatcher::SignalWatcher(std::function<void(int)> on_signal)
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGINT);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  signal(SIGPIPE, SIG_IGN);
+  signal(SIGXFSZ, SIG_IGN);
   signal_fd_ = signalfd(-1, &signals, SFD_CLOEXEC);
   stop_fd_ = eventfd(0, EFD_CLOEXEC);
   HEADSTART_CHECK(signal_fd_ >= 0 && stop_fd_ >= 0);

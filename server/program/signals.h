@@ -1,4 +1,5 @@
-// SIGTERM and SIGINT as function calls.
+// SIGTERM and SIGINT as function calls. A log that can't be written any more (a pipe without
+// reader, a file at its limit) ends nothing: SIGPIPE and SIGXFSZ are ignored.
 #pragma once
 
 #include <functional>

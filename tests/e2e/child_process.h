@@ -18,6 +18,7 @@ class ChildProcess {
   ChildProcess(const ChildProcess&) = delete;
   ChildProcess& operator=(const ChildProcess&) = delete;
 
+  pid_t pid() const { return pid_; }  // -1: it has ended
   void Signal(int signal) const;
   bool HasEnded();
   // Waits for the end. The exit code, or minus the signal that ended it.

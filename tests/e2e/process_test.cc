@@ -131,7 +131,11 @@ class ServerProcessTest : public ::testing::Test {
                                           "f32",   "--listen",    "127.0.0.1:0",  "--admin-listen",
                                           "",      "--port-file", dir_ / "port"};
     arguments.insert(arguments.end(), more.begin(), more.end());
-    server_ = std::make_unique<ChildProcess>(HEADSTART_PROGRAM, arguments, dir_ / "log");
+    std::vector<std::string> command = launcher_;
+    command.push_back(HEADSTART_PROGRAM);
+    command.insert(command.end(), arguments.begin(), arguments.end());
+    server_ = std::make_unique<ChildProcess>(
+        command[0], std::vector<std::string>(command.begin() + 1, command.end()), dir_ / "log");
     ASSERT_TRUE(
         ComesTrue([&] { return std::filesystem::exists(dir_ / "port") || server_->HasEnded(); }));
     ASSERT_FALSE(server_->HasEnded()) << server_->Output();
@@ -155,6 +159,7 @@ class ServerProcessTest : public ::testing::Test {
   }
 
   TempDir dir_;
+  std::vector<std::string> launcher_;  // program and arguments in front of the server's
   PrefillClientOptions client_;
   std::unique_ptr<ChildProcess> server_;
 };
@@ -211,6 +216,20 @@ TEST_F(ServerProcessTest, LogsNoPromptTokens) {
   EXPECT_THAT(server_->Output(), ::testing::Not(HasSubstr("137, 137"))) << "ids in a list";
   EXPECT_THAT(server_->Output(), ::testing::Not(HasSubstr("137 137")));
   EXPECT_THAT(server_->Output(), HasSubstr("200")) << "the length is said";
+}
+
+TEST_F(ServerProcessTest, ServesAlthoughItsLogCanNotBeWritten) {
+  const std::string serve = "exec \"$0\" \"$@\" 2> ";
+  for (const std::string& script : {serve + "/dev/full", serve + ">(true)",
+                                    absl::StrCat("ulimit -f 1; ", serve, dir_ / "short_log")}) {
+    SCOPED_TRACE(script);
+    std::filesystem::remove(dir_ / "port");
+    launcher_ = {"/bin/bash", "-c", script};
+    ASSERT_NO_FATAL_FAILURE(StartServer({"--log-level", "debug"}));
+    for (int i = 0; i < 10; ++i) ASSERT_OK(Receive(client_, RequestOf(SomePrompt(100))));
+    server_->Signal(SIGTERM);
+    EXPECT_EQ(server_->Wait(), 0);
+  }
 }
 
 }  // namespace

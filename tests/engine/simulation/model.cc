@@ -150,6 +150,7 @@ void Model::End(RequestBook& request, bool ok, absl::Time now) {
   LeaveDevice(request);
   if (!request.computed) return;
   ++seen_.computed;
+  seen_.computed_tokens += request.num_tokens();
   seen_.cached_tokens += request.num_found;
   counts_.prompt_tokens += request.num_tokens();
   counts_.cached_tokens += request.num_found;

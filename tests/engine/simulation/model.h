@@ -47,6 +47,7 @@ struct Sightings {
   std::map<ErrorReason, int64_t> ends;      // of requests
   std::map<ErrorReason, int64_t> refusals;  // of those who came
   int64_t computed = 0;
+  int64_t computed_tokens = 0;
   int64_t whole_parts = 0;
   int64_t resumed_streams = 0;
   int64_t urgent_steps = 0;
