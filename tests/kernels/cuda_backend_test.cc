@@ -1,5 +1,7 @@
 // What is the CUDA backend's own: the search for algorithms, errors that leave the device whole,
 // what it refuses.
+#include "kernels/cuda/cuda_resources.h"
+#include "kernels/cuda/event_timer.h"
 #include "tests/kernels/backend_test.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/tensor_compare.h"
@@ -55,6 +57,30 @@ TEST_F(CudaBackendTest, NamesWhatItCannotRun) {
   const absl::Status status = backend_->Attention({q.view, q.view, kv.view, {&sequence, 1}});
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_NE(status.message().find("head_dim 96"), absl::string_view::npos) << status;
+}
+
+// A decode runs for thousands of steps that nobody asks the time of.
+TEST_F(CudaBackendTest, TimerUsesItsEventsAgain) {
+  absl::StatusOr<cuda::Stream> stream = cuda::MakeStream(/*urgent=*/false);
+  ASSERT_OK(stream);
+  absl::StatusOr<cuda::Event> passed = cuda::MakeEvent(cuda::kOrderEvent);
+  ASSERT_OK(passed);
+  constexpr int kSteps = 1000, kLayers = 3;
+  cuda::EventTimer timer;
+  for (int step = 0; step < kSteps; ++step) {
+    for (int layer = 0; layer < kLayers; ++layer) {
+      ASSERT_OK(timer.Begin(stream->get()));
+      ASSERT_OK(timer.End(stream->get()));
+    }
+    ASSERT_OK(cuda::ToStatus(cudaEventRecord(passed->get(), stream->get()), "test"));
+    ASSERT_OK(cuda::WaitFor(*passed, "test"));
+  }
+  EXPECT_LE(timer.num_pairs(), kLayers);
+  ASSERT_OK_AND_ASSIGN(const double seconds, timer.TakeSeconds());
+  EXPECT_GT(seconds, 0);
+  ASSERT_OK_AND_ASSIGN(const double later, timer.TakeSeconds());
+  EXPECT_EQ(later, 0);
+  EXPECT_EQ(cudaGetLastError(), cudaSuccess);
 }
 
 TEST(CudaDeviceTest, SaysWhatItLookedForWithoutADevice) {
