@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from headstart import KvDestination, KvShape, TorchMemory, contiguous
+from headstart import KvDestination, KvShape, TorchMemory, contiguous, to_dynamic_cache
 from headstart.v1 import prefill_pb2 as pb
 
 
@@ -93,6 +93,21 @@ def test_fills_torch_tensors(prefill, torch_dtype, numpy_dtype, wire_dtype):
     np.testing.assert_array_equal(memory.numpy(), kv)
     values = kv if numpy_dtype != np.uint16 else (kv.astype(np.uint32) << 16).view(np.float32)
     np.testing.assert_array_equal(memory.tensor.float().numpy(), values.astype(np.float32))
+
+
+@pytest.mark.parametrize("numpy_dtype, wire_dtype", [(np.uint16, pb.KV_DTYPE_BF16), (np.float32, pb.KV_DTYPE_F32)])
+def test_a_dynamic_cache_holds_copies(prefill, monkeypatch, numpy_dtype, wire_dtype):
+    class KeepsWhatItGets(list):  # as DynamicCache does in some versions of transformers
+        def update(self, k, v, layer):
+            self.extend((k, v))
+
+    monkeypatch.setattr("transformers.DynamicCache", KeepsWhatItGets)
+    result, _ = prefill(make_stream(make_kv(numpy_dtype), wire_dtype))
+    cache = to_dynamic_cache(result)
+    before = [tensor.clone() for tensor in cache]
+    result.kv.fill(0)
+    assert len(cache) == 2 * LAYERS
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(cache, before))
 
 
 def test_fills_a_paged_torch_cache(prefill):
