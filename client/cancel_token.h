@@ -3,8 +3,8 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_set.h"
-#include "absl/synchronization/mutex.h"
-#include "absl/time/time.h"
+#include "kernels/base/instant.h"
+#include "kernels/base/mutex.h"
 
 namespace grpc {
 class ClientContext;
@@ -25,13 +25,14 @@ class CancelToken {
   void Cancel();
   bool cancelled() const;
   // False when the token was cancelled meanwhile.
-  bool SleepUntil(absl::Time time) const;
+  bool SleepUntil(Instant time) const;
 
  private:
   friend class CancelScope;
 
   CancelToken* const parent_;
-  mutable absl::Mutex mutex_;  // a parent's is taken before its children's
+  mutable Mutex mutex_;  // a parent's is taken before its children's
+  mutable CondVar changed_;
   bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;
   absl::flat_hash_set<CancelToken*> children_ ABSL_GUARDED_BY(mutex_);
   absl::flat_hash_set<grpc::ClientContext*> contexts_ ABSL_GUARDED_BY(mutex_);

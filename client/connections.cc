@@ -11,6 +11,7 @@
 #include "grpcpp/create_channel.h"
 #include "grpcpp/support/channel_arguments.h"
 #include "kernels/base/status_macros.h"
+#include "proto/grpc_time.h"
 
 namespace headstart {
 namespace {
@@ -52,10 +53,8 @@ absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeCredentials(const 
 grpc::ChannelArguments MakeArguments(const PrefillClientOptions& options) {
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(options.max_message_bytes);
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS,
-                   static_cast<int>(absl::ToInt64Milliseconds(options.keepalive_time)));
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS,
-                   static_cast<int>(absl::ToInt64Milliseconds(options.keepalive_timeout)));
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, ToGrpcMs(options.keepalive_time));
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, ToGrpcMs(options.keepalive_timeout));
   // Retries are PrefillClient's: gRPC's own would hold a copy of the prompt, and know nothing of
   // chunks.
   arguments.SetInt(GRPC_ARG_ENABLE_RETRIES, 0);
@@ -86,8 +85,7 @@ std::shared_ptr<grpc::Channel> MakeFetchChannel(
     const PrefillClientOptions& options,
     const std::shared_ptr<grpc::ChannelCredentials>& credentials, const std::string& target) {
   grpc::ChannelArguments arguments = MakeArguments(options);
-  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS,
-                   static_cast<int>(absl::ToInt64Milliseconds(options.retry.initial_backoff)));
+  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, ToGrpcMs(options.retry.initial_backoff));
   const std::string server_name = FetchServerName(options, target);
   if (options.tls.enabled && !server_name.empty()) arguments.SetSslTargetNameOverride(server_name);
   return grpc::CreateCustomChannel(target, credentials, arguments);

@@ -1,9 +1,10 @@
 #include "client/fetch_stream.h"
 
-#include "absl/time/clock.h"
 #include "client/grpc_status.h"
 #include "client/retry.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
+#include "proto/grpc_time.h"
 
 namespace headstart {
 namespace {
@@ -42,7 +43,7 @@ absl::Status FetchStream::Run() {
 
 absl::Status FetchStream::RunCall(bool* broke) {
   grpc::ClientContext context;
-  context.set_deadline(absl::ToChronoTime(call_.deadline));
+  context.set_deadline(call_.deadline);
   const CancelScope scope(*call_.cancel, context);
   ResponseStream stream(channel_, "FetchKv", &context);
   v1::FetchKvRequest request;
@@ -65,8 +66,8 @@ absl::Status FetchStream::Receive(ResponseStream& stream) {
   grpc::ByteBuffer message;
   for (;;) {
     const bool all_known = acknowledged_chunks_ == receiver_.num_chunks();
-    switch (stream.Read(&message,
-                        all_known ? absl::InfiniteFuture() : absl::Now() + kAcknowledgePause)) {
+    switch (stream.Read(
+        &message, all_known ? Instant::InfiniteFuture() : Instant::Now() + kAcknowledgePause)) {
       case ResponseStream::Event::kEnd:
         return absl::OkStatus();
       case ResponseStream::Event::kTimeout:

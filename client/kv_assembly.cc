@@ -4,10 +4,10 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "client/manifest_check.h"
 #include "client/prefix_check.h"
 #include "google/protobuf/util/message_differencer.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
 
 namespace headstart {
@@ -67,7 +67,7 @@ absl::Status KvAssembly::TakeManifest(const v1::KvManifest& manifest) {
   }
   claimed_.resize(shape_.num_layers);
   layer_tokens_.assign(shape_.num_layers, 0);
-  times_.manifest = absl::Now();
+  times_.manifest = Instant::Now();
   manifest_ = manifest;
   return absl::OkStatus();
 }
@@ -82,7 +82,7 @@ absl::Status KvAssembly::Claim(const KvRange& range) {
 absl::Status KvAssembly::Commit(const KvRange& range) {
   absl::MutexLock lock(&mutex_);
   HEADSTART_RETURN_IF_ERROR(failure_);
-  times_.last_chunk = absl::Now();
+  times_.last_chunk = Instant::Now();
   if (num_chunks_++ == 0) times_.first_chunk = times_.last_chunk;
   kv_bytes_ += RangeBytes(shape_, range);
   int64_t& tokens = layer_tokens_[range.layer];
@@ -102,7 +102,7 @@ absl::Status KvAssembly::OnCompleted(v1::Completed completed) {
         MessageDifferencer::Equals(completed.manifest(), completed_.manifest()))) {
     return absl::DataLossError("completed: not what another stream of the same prompt says");
   }
-  times_.completed = absl::Now();
+  times_.completed = Instant::Now();
   if (!completed_.has_first_token()) times_.first_token = times_.completed;
   if (!completed_.has_first_token() || TotalTime(completed) > TotalTime(completed_))
     completed_ = std::move(completed);

@@ -14,6 +14,7 @@
 #include "absl/time/time.h"
 #include "client/kv_destination.h"
 #include "headstart/v1/prefill.pb.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 
@@ -60,11 +61,11 @@ struct KvReceiverOptions {
 
 // When the streams got somewhere; InfinitePast: not yet.
 struct KvTimes {
-  absl::Time manifest = absl::InfinitePast();
-  absl::Time first_chunk = absl::InfinitePast();
-  absl::Time last_chunk = absl::InfinitePast();
-  absl::Time first_token = absl::InfinitePast();  // with the first stream that ended
-  absl::Time completed = absl::InfinitePast();    // with the last one
+  Instant manifest = Instant::InfinitePast();
+  Instant first_chunk = Instant::InfinitePast();
+  Instant last_chunk = Instant::InfinitePast();
+  Instant first_token = Instant::InfinitePast();  // with the first stream that ended
+  Instant completed = Instant::InfinitePast();    // with the last one
 };
 
 // Tokens that came, as ranges that neither overlap nor touch.

@@ -11,12 +11,12 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
-#include "absl/time/time.h"
 #include "client/cancel_token.h"
 #include "client/client_options.h"
 #include "client/connections.h"
 #include "client/kv_assembly.h"
 #include "headstart/v1/prefill.pb.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 
@@ -24,7 +24,7 @@ namespace headstart {
 struct FetchCall {
   std::string fetch_id;
   std::string target;  // see FetchTarget
-  absl::Time deadline;
+  Instant deadline;
   RetryOptions retry;
   CancelToken* cancel;   // outlives the fetch
   KvAssembly* assembly;  // outlives the fetch

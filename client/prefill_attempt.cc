@@ -4,13 +4,14 @@
 #include <utility>
 #include <vector>
 
-#include "absl/time/clock.h"
 #include "client/fetch_address.h"
 #include "client/grpc_status.h"
 #include "client/response_stream.h"
 #include "client/retry.h"
 #include "client/unary_call.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
+#include "proto/grpc_time.h"
 
 namespace headstart {
 namespace {
@@ -27,11 +28,11 @@ KvReceiverOptions WithoutKv(KvReceiverOptions receive) {
 
 PrefillAttempt::PrefillAttempt(const PrefillClientOptions& options, Connections& connections,
                                const v1::PrefillRequest& request, const KvReceiverOptions& receive,
-                               int num_connections, absl::Time deadline, CancelToken& cancel)
+                               int num_connections, Instant deadline, CancelToken& cancel)
     : options_(options),
       connections_(connections),
       num_connections_(num_connections),
-      start_(absl::Now()),
+      start_(Instant::Now()),
       deadline_(deadline),
       cancel_(&cancel),
       request_(request),
@@ -56,7 +57,7 @@ absl::Status PrefillAttempt::Run() {
 
 absl::Status PrefillAttempt::ReceivePrefill() {
   grpc::ClientContext context;
-  context.set_deadline(absl::ToChronoTime(deadline_));
+  context.set_deadline(deadline_);
   context.set_wait_for_ready(options_.wait_for_ready);
   const CancelScope scope(cancel_, context);
   ResponseStream stream(connections_.main(), "Prefill", &context);
@@ -68,7 +69,7 @@ absl::Status PrefillAttempt::ReceivePrefill() {
     if (!server_.empty()) continue;
     // The first message: accepted, or wrong.
     server_ = context.peer();
-    accepted_at_ = absl::Now();
+    accepted_at_ = Instant::Now();
     if (status.ok() && fetches()) status = StartFetch();
   }
   if (!status.ok()) context.TryCancel();
@@ -109,13 +110,13 @@ void PrefillAttempt::ReleaseKv() {
   v1::ReleaseKvRequest request;
   request.set_fetch_id(fetch_id);
   (void)UnaryCall(connections_.ForFetch(server_, 0), &v1::PrefillService::Stub::ReleaseKv, request,
-                  {.deadline = absl::Now() + kReleaseTimeout});
+                  {.deadline = Instant::Now() + kReleaseTimeout});
 }
 
 PrefillOutcome PrefillAttempt::Outcome() const {
   const KvTimes times = assembly_.times();
   // Of prompts whose KV does not come there is no chunk.
-  const auto since_start = [this](absl::Time time) {
+  const auto since_start = [this](Instant time) {
     return std::max(time - start_, absl::ZeroDuration());
   };
   return {.accepted = receiver_.accepted(),

@@ -5,7 +5,6 @@
 #include <string>
 
 #include "absl/status/status.h"
-#include "absl/time/time.h"
 #include "client/cancel_token.h"
 #include "client/client_options.h"
 #include "client/connections.h"
@@ -14,6 +13,7 @@
 #include "client/part_fetch.h"
 #include "client/prefill_client.h"
 #include "headstart/v1/prefill.pb.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 
@@ -24,7 +24,7 @@ class PrefillAttempt {
   // object.
   PrefillAttempt(const PrefillClientOptions& options, Connections& connections,
                  const v1::PrefillRequest& request, const KvReceiverOptions& receive,
-                 int num_connections, absl::Time deadline, CancelToken& cancel);
+                 int num_connections, Instant deadline, CancelToken& cancel);
 
   // Called once. Errors are those of PrefillClient::Prefill.
   absl::Status Run();
@@ -45,14 +45,14 @@ class PrefillAttempt {
   const PrefillClientOptions& options_;
   Connections& connections_;
   const int num_connections_;
-  const absl::Time start_;
-  const absl::Time deadline_;
+  const Instant start_;
+  const Instant deadline_;
   CancelToken cancel_;  // of this attempt: the first error ends all streams
   v1::PrefillRequest request_;
   KvAssembly assembly_;
   KvReceiver receiver_;
   std::string server_;  // the gRPC target of the server that has accepted
-  absl::Time accepted_at_;
+  Instant accepted_at_;
   PartFetch fetch_;
 };
 

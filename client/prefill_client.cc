@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "absl/memory/memory.h"
+#include "absl/random/random.h"
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "absl/types/span.h"
 #include "client/checksum.h"
 #include "client/connections.h"
@@ -16,6 +16,7 @@
 #include "client/prefill_attempt.h"
 #include "client/retry.h"
 #include "client/unary_call.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
 
 namespace headstart {
@@ -56,11 +57,20 @@ absl::Status CheckOptions(const PrefillClientOptions& options) {
 constexpr uint64_t kMostBytesPerToken = 1 << 30;
 
 UnaryOptions WithinTimeout(const PrefillClientOptions& options) {
-  return {.deadline = absl::Now() + options.timeout, .wait_for_ready = options.wait_for_ready};
+  return {.deadline = Instant::Now() + options.timeout, .wait_for_ready = options.wait_for_ready};
 }
 
-absl::Time DeadlineOf(const PrefillClientOptions& options, const KvReceiverOptions& receive) {
-  return absl::Now() + (receive.timeout > absl::ZeroDuration() ? receive.timeout : options.timeout);
+Instant DeadlineOf(const PrefillClientOptions& options, const KvReceiverOptions& receive) {
+  return Instant::Now() +
+         (receive.timeout > absl::ZeroDuration() ? receive.timeout : options.timeout);
+}
+
+// So that a second attempt does not meet the first as a stranger.
+std::string NewAttemptKey() {
+  std::string key(16, '\0');
+  absl::BitGen random;
+  for (char& byte : key) byte = static_cast<char>(absl::Uniform<uint8_t>(random));
+  return key;
 }
 
 int MaxAutomaticConnections(const PrefillClientOptions& options) {
@@ -97,13 +107,14 @@ absl::StatusOr<std::unique_ptr<PrefillClient>> PrefillClient::Create(
   return absl::WrapUnique(new PrefillClient(options, std::move(connections)));
 }
 
-absl::StatusOr<PrefillOutcome> PrefillClient::Prefill(const v1::PrefillRequest& request,
+absl::StatusOr<PrefillOutcome> PrefillClient::Prefill(v1::PrefillRequest request,
                                                       KvReceiverOptions receive,
                                                       CancelToken* cancel) const {
   ExpectAnswerTo(request, &receive.expected);
+  if (request.attempt_key().empty()) request.set_attempt_key(NewAttemptKey());
   CancelToken never;
   CancelToken& token = cancel != nullptr ? *cancel : never;
-  const absl::Time deadline = DeadlineOf(options_, receive);
+  const Instant deadline = DeadlineOf(options_, receive);
   for (int attempts = 1;; ++attempts) {
     const absl::StatusOr<int> connections = ConnectionsFor(request, deadline, token);
     PrefillAttempt attempt(options_, *connections_, request, receive, connections.value_or(1),
@@ -120,7 +131,7 @@ absl::StatusOr<PrefillOutcome> PrefillClient::Prefill(const v1::PrefillRequest& 
 }
 
 absl::StatusOr<int> PrefillClient::ConnectionsFor(const v1::PrefillRequest& request,
-                                                  absl::Time deadline, CancelToken& cancel) const {
+                                                  Instant deadline, CancelToken& cancel) const {
   if (request.has_detached()) return 1;
   if (options_.connections > 0) return options_.connections;
   const int most = MaxAutomaticConnections(options_);
@@ -133,8 +144,7 @@ absl::StatusOr<int> PrefillClient::ConnectionsFor(const v1::PrefillRequest& requ
   return AutomaticConnections(tokens * token_bytes / shrinks, most);
 }
 
-absl::StatusOr<int64_t> PrefillClient::KvBytesPerToken(const std::string& model,
-                                                       absl::Time deadline,
+absl::StatusOr<int64_t> PrefillClient::KvBytesPerToken(const std::string& model, Instant deadline,
                                                        CancelToken& cancel) const {
   {
     absl::MutexLock lock(&mutex_);
@@ -167,7 +177,7 @@ absl::StatusOr<FetchOutcome> PrefillClient::Fetch(const KvLocation& location,
   }
   HEADSTART_ASSIGN_OR_RETURN(const std::string target,
                              FetchTarget(options_, location.fetch_address, /*peer=*/""));
-  const absl::Time deadline = DeadlineOf(options_, receive);
+  const Instant deadline = DeadlineOf(options_, receive);
   CancelToken token(cancel);
   KvAssembly assembly(std::move(receive), part);
   PartFetch fetch;

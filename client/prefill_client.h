@@ -16,6 +16,7 @@
 #include "client/client_options.h"
 #include "client/kv_assembly.h"
 #include "headstart/v1/prefill.pb.h"
+#include "kernels/base/instant.h"
 
 namespace grpc {
 class Channel;
@@ -78,8 +79,7 @@ class PrefillClient {
   //
   // A request with `detached` is only sent: on_accepted tells where its KV is, no KV comes, and
   // whoever fetches it releases it.
-  absl::StatusOr<PrefillOutcome> Prefill(const v1::PrefillRequest& request,
-                                         KvReceiverOptions receive,
+  absl::StatusOr<PrefillOutcome> Prefill(v1::PrefillRequest request, KvReceiverOptions receive,
                                          CancelToken* cancel = nullptr) const;
 
   // Receives a part of what another call of Prefill, in any process, made the server keep, as
@@ -110,9 +110,9 @@ class PrefillClient {
   PrefillClient(PrefillClientOptions options, std::unique_ptr<Connections> connections);
 
   // Connections for the KV of the request. Asks for the model once, where that matters.
-  absl::StatusOr<int> ConnectionsFor(const v1::PrefillRequest& request, absl::Time deadline,
+  absl::StatusOr<int> ConnectionsFor(const v1::PrefillRequest& request, Instant deadline,
                                      CancelToken& cancel) const;
-  absl::StatusOr<int64_t> KvBytesPerToken(const std::string& model, absl::Time deadline,
+  absl::StatusOr<int64_t> KvBytesPerToken(const std::string& model, Instant deadline,
                                           CancelToken& cancel) const;
   absl::StatusOr<std::shared_ptr<grpc::Channel>> ChannelTo(const KvLocation& location) const;
 

@@ -3,6 +3,8 @@
 #include "absl/strings/str_cat.h"
 #include "grpcpp/support/byte_buffer.h"
 #include "grpcpp/support/slice.h"
+#include "kernels/base/instant.h"
+#include "proto/grpc_time.h"
 
 namespace headstart {
 namespace {
@@ -36,10 +38,10 @@ void* ResponseStream::Start(Operation* state) {
   return state;
 }
 
-bool ResponseStream::Wait(absl::Time until) {
+bool ResponseStream::Wait(Instant until) {
   void* tag;
   bool ok = false;
-  const auto status = queue_.AsyncNext(&tag, &ok, absl::ToChronoTime(until));
+  const auto status = queue_.AsyncNext(&tag, &ok, until);
   if (status != grpc::CompletionQueue::GOT_EVENT) return false;
   *static_cast<Operation*>(tag) = ok ? Operation::kDone : Operation::kFailed;
   return true;
@@ -56,7 +58,7 @@ void ResponseStream::Send(const google::protobuf::MessageLite& message, bool las
   while (write_ == Operation::kUnderWay) Wait();
 }
 
-ResponseStream::Event ResponseStream::Read(grpc::ByteBuffer* message, absl::Time until) {
+ResponseStream::Event ResponseStream::Read(grpc::ByteBuffer* message, Instant until) {
   if (read_ == Operation::kNone) call_->Read(&incoming_, Start(&read_));
   while (read_ == Operation::kUnderWay) {
     if (!Wait(until)) return Event::kTimeout;

@@ -6,12 +6,12 @@
 #include <memory>
 #include <string>
 
-#include "absl/time/time.h"
 #include "google/protobuf/message_lite.h"
 #include "grpcpp/channel.h"
 #include "grpcpp/client_context.h"
 #include "grpcpp/completion_queue.h"
 #include "grpcpp/generic/generic_stub.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 
@@ -31,7 +31,7 @@ class ResponseStream {
   enum class Event : uint8_t { kMessage, kEnd, kTimeout };
   // Waits for the next message, and lets gRPC receive the one after it meanwhile. kEnd: ask Finish;
   // kTimeout: none came until then.
-  Event Read(grpc::ByteBuffer* message, absl::Time until = absl::InfiniteFuture());
+  Event Read(grpc::ByteBuffer* message, Instant until = Instant::InfiniteFuture());
 
   // The status of the call. REQUIRES: Read returned kEnd, or the context was cancelled. Called
   // once.
@@ -40,7 +40,7 @@ class ResponseStream {
  private:
   enum class Operation : uint8_t { kNone, kUnderWay, kDone, kFailed };
   // Waits until one of the operations is no longer under way; false when none was until then.
-  bool Wait(absl::Time until = absl::InfiniteFuture());
+  bool Wait(Instant until = Instant::InfiniteFuture());
   // Starts an operation whose end `*state` will tell, and gives its tag.
   void* Start(Operation* state);
 

@@ -4,8 +4,8 @@
 
 #include "absl/random/random.h"
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "client/grpc_status.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 namespace {
@@ -27,10 +27,10 @@ bool MayRetry(const absl::Status& status, const RetryOptions& retry) {
 }
 
 absl::Status PauseBeforeRetry(const absl::Status& why, int failures, const RetryOptions& retry,
-                              absl::Time deadline, const CancelToken& cancel) {
+                              Instant deadline, const CancelToken& cancel) {
   if (failures >= retry.max_attempts) return why;
   const absl::Duration pause = RetryPause(why, retry, failures);
-  const absl::Time next = absl::Now() + pause;
+  const Instant next = Instant::Now() + pause;
   if (next >= deadline) return why;
   if (retry.on_retry) retry.on_retry(why, pause);
   if (cancel.SleepUntil(next)) return absl::OkStatus();

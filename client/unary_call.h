@@ -11,11 +11,13 @@
 #include "grpcpp/channel.h"
 #include "grpcpp/client_context.h"
 #include "headstart/v1/prefill.grpc.pb.h"
+#include "kernels/base/instant.h"
+#include "proto/grpc_time.h"
 
 namespace headstart {
 
 struct UnaryOptions {
-  absl::Time deadline;
+  Instant deadline;
   bool wait_for_ready = false;
   CancelToken* cancel = nullptr;
 };
@@ -27,7 +29,7 @@ absl::StatusOr<Response> UnaryCall(const std::shared_ptr<grpc::Channel>& channel
                                        grpc::ClientContext*, const Request&, Response*),
                                    const Request& request, const UnaryOptions& options) {
   grpc::ClientContext context;
-  context.set_deadline(absl::ToChronoTime(options.deadline));
+  context.set_deadline(options.deadline);
   context.set_wait_for_ready(options.wait_for_ready);
   std::optional<CancelScope> scope;
   if (options.cancel != nullptr) scope.emplace(*options.cancel, context);

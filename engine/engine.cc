@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "engine/error.h"
 #include "kernels/base/check.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/nonfinite.h"
 #include "kernels/base/status_macros.h"
 
@@ -151,24 +151,30 @@ headstart::Estimate Engine::Estimate(const PrefillRequest& request) const {
 }
 
 absl::StatusOr<Submission> Engine::Submit(PrefillRequest request) {
+  absl::StatusOr<Submission> submission;
+  {
+    MutexLock lock(&mutex_);
+    submission = Take(std::move(request));
+    NoteIdle();
+  }
+  // Where it was refused, too: an earlier attempt may have given way.
+  work_.Notify();
+  expiry_.Notify();
+  return submission;
+}
+
+absl::StatusOr<Submission> Engine::Take(PrefillRequest request) {
   const bool detached = request.detached.has_value();
   Submission submission;
   if (detached) submission.fetch_id = NewFetchId();
-  Admitted admitted;
-  {
-    MutexLock lock(&mutex_);
-    HEADSTART_ASSIGN_OR_RETURN(admitted,
-                               scheduler_.Add(std::move(request), submission.fetch_id, Now()));
-    submission.key = admitted.key;
-    submission.estimate = std::move(admitted.estimate);
-    submission.lease = admitted.lease;
-    HEADSTART_ASSIGN_OR_RETURN(
-        submission.reader,
-        admitted.shipment->Open(detached ? std::nullopt : std::optional(WholeKv(model_.geometry)),
-                                0));
-  }
-  work_.Notify();
-  expiry_.Notify();
+  HEADSTART_ASSIGN_OR_RETURN(Admitted admitted,
+                             scheduler_.Add(std::move(request), submission.fetch_id, Now()));
+  submission.key = admitted.key;
+  submission.estimate = std::move(admitted.estimate);
+  submission.lease = admitted.lease;
+  HEADSTART_ASSIGN_OR_RETURN(
+      submission.reader, admitted.shipment->Open(
+                             detached ? std::nullopt : std::optional(WholeKv(model_.geometry)), 0));
   return submission;
 }
 
@@ -223,7 +229,7 @@ absl::Status Engine::CheckOpen() const {
   return scheduler_.closed();
 }
 
-bool Engine::WaitUntilIdle(absl::Time deadline) const {
+bool Engine::WaitUntilIdle(Instant deadline) const {
   MutexLock lock(&mutex_);
   while (scheduler_.load().inflight_requests > 0 && Now() < deadline) {
     idle_.WaitUntil(&mutex_, deadline);
@@ -261,7 +267,7 @@ std::vector<RequestView> Engine::Requests(size_t limit) const {
 }
 
 // The engine's one look at a clock.
-absl::Time Engine::Now() { return absl::Now(); }
+Instant Engine::Now() { return Instant::Now(); }
 
 // ---- the threads
 
@@ -305,7 +311,7 @@ std::optional<Step> Engine::WaitForStep() {
     }
     // From now on somebody may be stalled.
     if (waits_for_room && !waited_for_room) expiry_.Notify();
-    work_.WaitBeyond(seen, absl::InfiniteFuture());
+    work_.WaitBeyond(seen, Instant::InfiniteFuture());
   }
   return std::nullopt;
 }
@@ -336,7 +342,7 @@ void Engine::Finish(Step step, StepResult result) {
 
 void Engine::WatchExpiry() {
   for (uint64_t seen = expiry_.count(); !stopping_.load(); seen = expiry_.count()) {
-    absl::Time next;
+    Instant next;
     bool ended = false;
     {
       MutexLock lock(&mutex_);

@@ -25,6 +25,7 @@
 #include "engine/ship/shipment.h"
 #include "engine/wake_signal.h"
 #include "kernels/backend.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/mutex.h"
 
 namespace headstart {
@@ -94,7 +95,7 @@ class Engine {
   // OK when open, else why not.
   absl::Status CheckOpen() const;
   // False when something was in flight still at `deadline`.
-  bool WaitUntilIdle(absl::Time deadline) const;
+  bool WaitUntilIdle(Instant deadline) const;
   // `on_lost` is told, on the compute thread, that the backend is lost: all requests were ended and
   // none will be taken. Before Open.
   void OnLost(std::function<void(const absl::Status&)> on_lost);
@@ -125,10 +126,11 @@ class Engine {
 
  private:
   absl::Status CheckKvDtype(const PrefillRequest& request) const;
-  static absl::Time Now();
+  static Instant Now();
 
   class BetweenLayers;
 
+  absl::StatusOr<Submission> Take(PrefillRequest request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Compute();
   // Waits for a step; none when the engine ends.
   std::optional<Step> WaitForStep();

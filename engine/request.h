@@ -12,6 +12,7 @@
 #include "engine/schedule/page_hash.h"
 #include "engine/ship/kv_part.h"
 #include "kernels/attention_params.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 
@@ -44,7 +45,9 @@ struct PrefillRequest {
       AttentionPreset::kBalanced;  // what `attention` started from, for provenance
   ProxyAttnOptions attention;
   SamplingOptions sampling;
-  absl::Time deadline = absl::InfiniteFuture();
+  // Equal in all attempts at the same call; empty: there is one only.
+  std::string attempt_key;
+  Instant deadline = Instant::InfiniteFuture();
   int32_t priority = 0;     // higher ones run first
   int64_t skip_tokens = 0;  // their KV is computed, not shipped
   // How the KV is shipped: as it is computed (none), or kF8E4M3.
@@ -62,8 +65,8 @@ struct PieceRun {
   int64_t first_position = 0;
   int64_t num_tokens = 0;
   bool from_cache = false;                  // copied, not computed
-  absl::Time begin = absl::InfinitePast();  // when its step was made
-  absl::Time end = absl::InfinitePast();    // and was done
+  Instant begin = Instant::InfinitePast();  // when its step was made
+  Instant end = Instant::InfinitePast();    // and was done
 };
 
 struct PrefillResult {
@@ -91,9 +94,9 @@ struct PrefillResult {
   double room_wait_seconds = 0;
   double gave_way_seconds = 0;                   // between begin and end: others ran
   std::optional<absl::Duration> predicted_ttft;  // when it was accepted
-  absl::Time accepted_at = absl::InfinitePast();
-  absl::Time started_at = absl::InfinitePast();   // compute began
-  absl::Time computed_at = absl::InfinitePast();  // and ended
+  Instant accepted_at = Instant::InfinitePast();
+  Instant started_at = Instant::InfinitePast();   // compute began
+  Instant computed_at = Instant::InfinitePast();  // and ended
   std::vector<PieceRun> pieces;
 };
 
@@ -111,7 +114,7 @@ struct RequestView {
   int64_t num_tokens = 0;
   int32_t priority = 0;
   int64_t position = 0;  // of the next token that is neither computed nor being computed
-  absl::Time accepted_at = absl::InfinitePast();
+  Instant accepted_at = Instant::InfinitePast();
   RequestState state = RequestState::kWaiting;
 };
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/time/time.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/mutex.h"
 
 namespace headstart {
@@ -22,15 +22,9 @@ class WakeSignal {
     return count_;
   }
   // Waits until somebody notified since `seen`, or for `deadline`.
-  void WaitBeyond(uint64_t seen, absl::Time deadline) {
+  void WaitBeyond(uint64_t seen, Instant deadline) {
     MutexLock lock(&mutex_);
-    if (count_ == seen) {
-      if (deadline == absl::InfiniteFuture()) {
-        changed_.Wait(&mutex_);
-      } else {
-        changed_.WaitUntil(&mutex_, deadline);
-      }
-    }
+    if (count_ == seen) changed_.WaitUntil(&mutex_, deadline);
   }
 
  private:

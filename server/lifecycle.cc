@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "engine/error.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 
@@ -63,7 +64,7 @@ void Lifecycle::Fail(absl::Status why) {
   Enter(Phase::kFailed);
 }
 
-std::optional<bool> Lifecycle::WatchCompute(bool computing, int64_t layers_done, absl::Time now) {
+std::optional<bool> Lifecycle::WatchCompute(bool computing, int64_t layers_done, Instant now) {
   MutexLock lock(&mutex_);
   const bool moves = !computing || layers_done != layers_seen_;
   last_progress_ = moves ? now : std::min(last_progress_, now);

@@ -10,6 +10,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/mutex.h"
 
 namespace headstart {
@@ -36,7 +37,7 @@ class Lifecycle {
   void Fail(absl::Status why);
   // What compute is doing at `now`: whether a step runs, and layers finished since the start. To be
   // called regularly. Whether compute is stuck, when that has changed.
-  std::optional<bool> WatchCompute(bool computing, int64_t layers_done, absl::Time now);
+  std::optional<bool> WatchCompute(bool computing, int64_t layers_done, Instant now);
 
   // ---- what is
 
@@ -73,7 +74,7 @@ class Lifecycle {
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);  // of kFailed
   bool stuck_ ABSL_GUARDED_BY(mutex_) = false;
   int64_t layers_seen_ ABSL_GUARDED_BY(mutex_) = 0;
-  absl::Time last_progress_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();
+  Instant last_progress_ ABSL_GUARDED_BY(mutex_) = Instant::InfiniteFuture();
 };
 
 // As one word: loading, serving, draining, failed.

@@ -6,11 +6,12 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "engine/attention_options.h"
 #include "engine/error.h"
 #include "kernels/base/check.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
+#include "proto/grpc_time.h"
 #include "server/net/self_check.h"
 #include "server/net/tls.h"
 #include "server/ops/logging.h"
@@ -168,10 +169,10 @@ absl::Status Server::StartAdmin() {
 
 void Server::StartLoading(EngineFactory make_engine) {
   loading_thread_ = std::thread([this, make_engine = std::move(make_engine)] {
-    const absl::Time began = absl::Now();
+    const Instant began = Instant::Now();
     absl::StatusOr<std::unique_ptr<Engine>> engine = make_engine();
     const absl::Status status =
-        engine.ok() ? ServeModel(*std::move(engine), absl::Now() - began) : engine.status();
+        engine.ok() ? ServeModel(*std::move(engine), Instant::Now() - began) : engine.status();
     if (!status.ok()) Fail(status);
   });
   watch_timer_ = std::make_unique<Timer>();
@@ -229,11 +230,11 @@ void Server::WatchCompute() {
   const ServedModel* model = context_.model.load();
   const bool computing = model != nullptr && model->engine->computing();
   const int64_t layers = model == nullptr ? 0 : model->engine->layers_done();
-  if (const auto stuck = lifecycle_.WatchCompute(computing, layers, absl::Now())) {
+  if (const auto stuck = lifecycle_.WatchCompute(computing, layers, Instant::Now())) {
     Log(*stuck ? LogLevel::kError : LogLevel::kInfo,
         *stuck ? "stuck: no layer finishes" : "compute goes on again", {{"layers_done", layers}});
   }
-  watch_timer_->Schedule(absl::Now() + kWatchInterval, [this] { WatchCompute(); });
+  watch_timer_->Schedule(Instant::Now() + kWatchInterval, [this] { WatchCompute(); });
 }
 
 absl::Status Server::Live() const {
@@ -257,7 +258,7 @@ AdminHandlers Server::MakeAdminHandlers() {
 
 StatusReport Server::Report() const {
   StatusReport report;
-  report.now = absl::Now();
+  report.now = Instant::Now();
   report.uptime = report.now - started_at_;
   report.model = context_.model_name;
   report.phase = PhaseName(lifecycle_.phase());
@@ -311,12 +312,11 @@ absl::Status Server::Shutdown() {
   const absl::Status failure = lifecycle_.failure();
   const absl::Duration patience = failure.ok() ? options_.drain_timeout : kGoodbye;
   const ServedModel* model = context_.model.load();
-  const bool idle = model == nullptr || model->engine->WaitUntilIdle(absl::Now() + patience);
+  const bool idle = model == nullptr || model->engine->WaitUntilIdle(Instant::Now() + patience);
   const int64_t left = Snapshot().load.inflight_requests;
   context_.cancelling_all.store(true);
   listener_->Stop();
-  grpc_.server->Shutdown(
-      absl::ToChronoTime(absl::Now() + (idle ? kGoodbye : absl::ZeroDuration())));
+  grpc_.server->Shutdown(Instant::Now() + (idle ? kGoodbye : absl::ZeroDuration()));
   if (!failure.ok() || idle) return failure;
   return absl::DeadlineExceededError(
       absl::StrCat("the drain timeout passed: ", left, " accepted requests were cancelled"));
@@ -327,7 +327,7 @@ Server::~Server() {
   context_.cancelling_all.store(true);
   admin_.reset();
   if (listener_ != nullptr) listener_->Stop();
-  if (grpc_.server != nullptr) grpc_.server->Shutdown(std::chrono::system_clock::now());
+  if (grpc_.server != nullptr) grpc_.server->Shutdown(Instant::Now());
   if (loading_thread_.joinable()) loading_thread_.join();
   engine_.reset();  // while there is somebody to tell that the backend was lost
 }

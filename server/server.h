@@ -9,9 +9,9 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "engine/engine.h"
+#include "kernels/base/instant.h"
 #include "server/lifecycle.h"
 #include "server/net/listener.h"
 #include "server/ops/admin_server.h"
@@ -81,7 +81,7 @@ class Server {
   StatusReport Report() const;
 
   const ServerOptions options_;
-  const absl::Time started_at_ = absl::Now();
+  const Instant started_at_ = Instant::Now();
   Metrics metrics_;
   RecentPrompts recent_prompts_;
   const std::unique_ptr<SpanExporter> span_exporter_;  // null: no traces

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Fails when a source file includes what its layer must not know. usage: check_layers.py REPO_ROOT
+"""Fails when a source file includes what its layer must not know, or looks at the wall clock. usage: check_layers.py REPO_ROOT
 
-The table below is the one in README.md. The most specific entry for a file decides.
+The first table below is the one in README.md. The most specific entry for a file decides.
 """
 import pathlib
 import re
 import sys
 
-PROJECT = ("kernels/", "engine/", "server/", "client/", "tests/", "headstart/", "google/rpc/", "opentelemetry/")
+PROJECT = ("kernels/", "engine/", "server/", "client/", "tests/", "proto/", "headstart/", "google/rpc/", "opentelemetry/")
 GENERATED = ("headstart/v1/", "google/rpc/")
+GRPC_TIME = ("proto/grpc_time.h",)
 BASE = ("kernels/base/",)
 SEAM = ("kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h")
 
@@ -24,19 +25,20 @@ MAY_INCLUDE = {
     "engine/ship/": (*BASE, "engine/ship/", "engine/request.h", "engine/error.h", *SEAM),
     "engine/schedule/": (*BASE, "engine/schedule/", "engine/ship/", "engine/request.h", "engine/error.h", "kernels/attention_params.h"),
     "engine/run/": (*BASE, "engine/run/", "engine/model/", "engine/ship/", "engine/schedule/step.h", "engine/stopwatch.h", *SEAM),
-    "server/net/": (*BASE, "server/net/", "server/options.h"),
-    "server/ops/": (*BASE, "opentelemetry/", "server/ops/", "server/net/socket.h", "server/rpc/call_record.h", "server/options.h", "server/version.h", "engine/"),
-    "server/rpc/": (*BASE, *GENERATED, "server/rpc/", "server/ops/", "server/lifecycle.h", "server/options.h", "server/version.h", "engine/", *SEAM),
-    "server/": (*BASE, *GENERATED, "server/", "engine/", *SEAM),
+    "server/net/": (*BASE, *GRPC_TIME, "server/net/", "server/options.h"),
+    "server/ops/": (*BASE, *GRPC_TIME, "opentelemetry/", "server/ops/", "server/net/socket.h", "server/rpc/call_record.h", "server/options.h", "server/version.h", "engine/"),
+    "server/rpc/": (*BASE, *GENERATED, *GRPC_TIME, "server/rpc/", "server/ops/", "server/lifecycle.h", "server/options.h", "server/version.h", "engine/", *SEAM),
+    "server/": (*BASE, *GENERATED, *GRPC_TIME, "server/", "engine/", *SEAM),
+    "proto/": BASE,
     "server/program/main.cc": ("server/", "client/"),  # the program: every subcommand
-    "client/": (*GENERATED, "client/", "kernels/base/status_macros.h"),
-    "client/decode/": (*GENERATED, *BASE, "client/", "engine/", "kernels/backend.h", "kernels/attention_params.h"),
+    "client/": (*BASE, *GENERATED, *GRPC_TIME, "client/"),
+    "client/decode/": (*BASE, *GENERATED, "client/", "engine/", "kernels/backend.h", "kernels/attention_params.h"),
 }
 
 # Third-party header: the folders whose files may include it. Others than these (Abseil, system headers) are free.
 ONLY_FOR = {
-    "grpcpp/": ("server/", "client/"),
-    "grpc/": ("server/", "client/"),
+    "grpcpp/": ("server/", "client/", "proto/"),
+    "grpc/": ("server/", "client/", "proto/"),
     "google/protobuf/": ("server/", "client/"),
     "prometheus/": ("server/ops/",),
     "httplib.h": ("server/ops/",),
@@ -49,6 +51,19 @@ ONLY_FOR = {
     "immintrin.h": ("kernels/cpu/",),
     "cublas": ("kernels/cuda/",),
     "cuda": ("kernels/cuda/",),
+}
+
+# Timers, waits and deadlines are Instants (kernels/base/instant.h): the wall clock may be set. What looks at it, a wait of
+# Abseil included:
+WALL_CLOCK = re.compile(
+    r"absl::(Now|Time|CurrentTimeZone)\b|With(Timeout|Deadline)\(|system_clock|CLOCK_REALTIME|\b(gettimeofday|time|ctime)\((nullptr|NULL|0|&)"
+)
+# Who may, as people or other programs are told of it.
+KNOWS_WALL_CLOCK = {
+    "kernels/base/instant.h": "names it, to say what it is not",
+    "server/ops/call_spans.h": "OTLP has Unix time",
+    "server/ops/call_spans.cc": "OTLP has Unix time",
+    "server/ops/tracer.cc": "OTLP has Unix time",
 }
 
 SOURCES = {".h", ".cc", ".cuh", ".cu"}
@@ -82,6 +97,8 @@ def check_file(path, text):
         problem = objection(path, match[1]) if match else None
         if CUDA_SWITCH.match(line) and path != CUDA_SWITCH_FILE:
             problem = f"HEADSTART_ENABLE_CUDA is read in {CUDA_SWITCH_FILE} only"
+        if WALL_CLOCK.search(line) and path not in KNOWS_WALL_CLOCK:
+            problem = "the wall clock may be set: Instant (kernels/base/instant.h)"
         if problem:
             yield f"{path}:{number}: {problem}"
 

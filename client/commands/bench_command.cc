@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "client/commands/bench_flags.h"
 #include "client/commands/command_flags.h"
 #include "client/commands/load.h"
@@ -20,6 +19,7 @@
 #include "client/commands/token_ids.h"
 #include "client/commands/trace.h"
 #include "client/commands/workload.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
 
 namespace headstart {
@@ -169,7 +169,7 @@ SendRequest Bench::Ready(const std::string& preset, const Workload& workload, in
 BenchCell Bench::RunCell(const std::string& preset, const Workload& workload) {
   for (int64_t i = 0; i < options_.warmup; ++i) {
     LoadSample sample;
-    sample.planned = absl::Now();
+    sample.planned = Instant::Now();
     sender_->Send(MakeRequest(preset, PromptOf(workload, -1 - i)), 0, &sample);
   }
   BenchCell cell{.preset = preset,

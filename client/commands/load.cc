@@ -12,6 +12,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 namespace {
@@ -50,26 +51,25 @@ class Workers {
   std::vector<std::thread> threads_;
 };
 
-LoadSample SendAt(absl::Time planned, const SendRequest& send) {
+LoadSample SendAt(Instant planned, const SendRequest& send) {
   LoadSample sample;
-  sample.sent = absl::Now();
+  sample.sent = Instant::Now();
   sample.planned = std::min(planned, sample.sent);
   send(&sample);
-  sample.ended = absl::Now();
+  sample.ended = Instant::Now();
   return sample;
 }
 
 // Every worker takes the next request when its last one is done.
-absl::Time RunClosedLoop(const LoadOptions& options, const PrepareRequest& prepare,
-                         Samples* samples) {
-  const absl::Time start = absl::Now();
+Instant RunClosedLoop(const LoadOptions& options, const PrepareRequest& prepare, Samples* samples) {
+  const Instant start = Instant::Now();
   std::atomic<int64_t> next{0};
   const Workers workers(options.concurrency, [&](int worker) {
-    while (absl::Now() < start + options.duration) {
+    while (Instant::Now() < start + options.duration) {
       const int64_t index = next++;
       if (options.num_requests > 0 && index >= options.num_requests) return;
       const SendRequest send = prepare(index, worker);
-      samples->Put(index, SendAt(absl::InfiniteFuture(), send));
+      samples->Put(index, SendAt(Instant::InfiniteFuture(), send));
     }
   });
   return start;
@@ -77,8 +77,7 @@ absl::Time RunClosedLoop(const LoadOptions& options, const PrepareRequest& prepa
 
 // Every worker takes the next arrival and waits until it is due. The clock starts when all have
 // made their first one ready.
-absl::Time RunOpenLoop(const LoadOptions& options, const PrepareRequest& prepare,
-                       Samples* samples) {
+Instant RunOpenLoop(const LoadOptions& options, const PrepareRequest& prepare, Samples* samples) {
   const std::vector<absl::Duration> arrivals = ArrivalTimes(options);
   const auto num_arrivals = static_cast<int64_t>(arrivals.size());
   const int num_workers =
@@ -86,7 +85,7 @@ absl::Time RunOpenLoop(const LoadOptions& options, const PrepareRequest& prepare
   std::atomic<int64_t> next{0};
   absl::BlockingCounter ready(num_workers);
   absl::Notification started;
-  absl::Time start;
+  Instant start;
   const Workers workers(num_workers, [&](int worker) {
     bool first = true;
     for (int64_t index = next++; index < num_arrivals; index = next++) {
@@ -94,13 +93,13 @@ absl::Time RunOpenLoop(const LoadOptions& options, const PrepareRequest& prepare
       if (first) ready.DecrementCount();
       first = false;
       started.WaitForNotification();
-      const absl::Time due = start + arrivals[index];
-      absl::SleepFor(due - absl::Now());
+      const Instant due = start + arrivals[index];
+      absl::SleepFor(due - Instant::Now());
       samples->Put(index, SendAt(due, send));
     }
   });
   ready.Wait();
-  start = absl::Now();
+  start = Instant::Now();
   started.Notify();
   return start;
 }
@@ -109,9 +108,9 @@ absl::Time RunOpenLoop(const LoadOptions& options, const PrepareRequest& prepare
 
 LoadResult RunLoad(const LoadOptions& options, const PrepareRequest& prepare) {
   Samples samples;
-  const absl::Time start = options.open_loop() ? RunOpenLoop(options, prepare, &samples)
-                                               : RunClosedLoop(options, prepare, &samples);
-  const absl::Duration wall = absl::Now() - start;
+  const Instant start = options.open_loop() ? RunOpenLoop(options, prepare, &samples)
+                                            : RunClosedLoop(options, prepare, &samples);
+  const absl::Duration wall = Instant::Now() - start;
   return {samples.Take(), start, wall};
 }
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "absl/time/time.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 
@@ -31,13 +32,13 @@ struct LoadOptions {
 
 // One request, as it was seen. Times that did not come are InfinitePast.
 struct LoadSample {
-  absl::Time planned = absl::InfinitePast();  // closed loop: as sent
-  absl::Time sent = absl::InfinitePast();
-  absl::Time accepted = absl::InfinitePast();
-  absl::Time began = absl::InfinitePast();  // computing, as the client saw it
-  absl::Time first_token = absl::InfinitePast();
-  absl::Time all_kv = absl::InfinitePast();  // and the first token
-  absl::Time ended = absl::InfinitePast();   // well or not
+  Instant planned = Instant::InfinitePast();  // closed loop: as sent
+  Instant sent = Instant::InfinitePast();
+  Instant accepted = Instant::InfinitePast();
+  Instant began = Instant::InfinitePast();  // computing, as the client saw it
+  Instant first_token = Instant::InfinitePast();
+  Instant all_kv = Instant::InfinitePast();  // and the first token
+  Instant ended = Instant::InfinitePast();   // well or not
 
   std::string error;     // its kind; empty: all went well
   std::string message;   // of the error
@@ -54,7 +55,7 @@ struct LoadSample {
   double density = 0;
 
   bool ok() const { return error.empty(); }
-  bool was_accepted() const { return accepted != absl::InfinitePast(); }
+  bool was_accepted() const { return accepted != Instant::InfinitePast(); }
   absl::Duration ttft() const { return first_token - planned; }
   absl::Duration time_to_all_kv() const { return all_kv - planned; }
   absl::Duration lateness() const { return sent - planned; }
@@ -62,7 +63,7 @@ struct LoadSample {
 
 struct LoadResult {
   std::vector<LoadSample> samples;  // in order of start
-  absl::Time start;
+  Instant start;
   absl::Duration wall;
 };
 

@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "client/commands/svg_panel.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 namespace {
@@ -73,7 +74,7 @@ class LoadPlot {
     Points under_way, waiting;
     for (const LoadSample& sample : cell_.result.samples) {
       Change(sample.sent, sample.ended, &under_way);
-      const bool began = sample.began != absl::InfinitePast();
+      const bool began = sample.began != Instant::InfinitePast();
       Change(sample.planned, began ? sample.began : sample.ended, &waiting);
     }
     double most = 1;
@@ -88,7 +89,7 @@ class LoadPlot {
   }
 
  private:
-  double Seconds(absl::Time time) const { return absl::ToDoubleSeconds(time - cell_.result.start); }
+  double Seconds(Instant time) const { return absl::ToDoubleSeconds(time - cell_.result.start); }
   static double Part(size_t n, size_t whole) {
     return static_cast<double>(n) / static_cast<double>(whole);
   }
@@ -104,7 +105,7 @@ class LoadPlot {
     return names;
   }
   // One more from `begin` on, one less from `end` on.
-  void Change(absl::Time begin, absl::Time end, Points* changes) const {
+  void Change(Instant begin, Instant end, Points* changes) const {
     changes->push_back({Seconds(begin), 1});
     changes->push_back({Seconds(end), -1});
   }

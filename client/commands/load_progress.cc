@@ -1,11 +1,11 @@
 #include "client/commands/load_progress.h"
 
 #include "absl/strings/str_format.h"
-#include "absl/time/clock.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 
-LoadProgress::LoadProgress() : start_(absl::Now()) {}
+LoadProgress::LoadProgress() : start_(Instant::Now()) {}
 
 void LoadProgress::Sent() {
   absl::MutexLock lock(&mutex_);
@@ -27,7 +27,7 @@ void LoadProgress::Clear() {
 
 void LoadProgress::Show() {
   if (!line_.Due()) return;
-  const double seconds = absl::ToDoubleSeconds(absl::Now() - start_);
+  const double seconds = absl::ToDoubleSeconds(Instant::Now() - start_);
   line_.Show(absl::StrFormat(
       "%.0f s: %d sent, %d under way, %d well, %d refused, %d failed, %.0f tokens/s", seconds,
       sent_, sent_ - ok_ - refused_ - failed_, ok_, refused_, failed_,

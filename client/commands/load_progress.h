@@ -5,9 +5,9 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
-#include "absl/time/time.h"
 #include "client/commands/load.h"
 #include "client/commands/terminal_progress.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 
@@ -24,7 +24,7 @@ class LoadProgress {
  private:
   void Show() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
-  const absl::Time start_;
+  const Instant start_;
   absl::Mutex mutex_;
   TerminalLine line_ ABSL_GUARDED_BY(mutex_);
   int64_t sent_ ABSL_GUARDED_BY(mutex_) = 0;

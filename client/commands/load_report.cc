@@ -12,6 +12,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 namespace {
@@ -191,7 +192,7 @@ nlohmann::json CellJson(const BenchCell& cell) {
                {"refusal_seconds", TimesJson(s.refusal_time)},
                {"errors", ErrorsJson(s)},
                {"late", {{"count", s.late}, {"max_seconds", s.max_lateness}}},
-               {"start_unix_seconds", absl::ToDoubleSeconds(cell.result.start - absl::UnixEpoch())},
+               {"start_unix_seconds", absl::ToDoubleSeconds(cell.result.start - Instant())},
                {"wall_seconds", absl::ToDoubleSeconds(cell.result.wall)},
                {"tokens_per_second", s.tokens_per_second},
                {"requests_per_second", s.requests_per_second},
@@ -211,8 +212,8 @@ nlohmann::json CellJson(const BenchCell& cell) {
 
 nlohmann::ordered_json RecordJson(const BenchCell& cell, size_t index) {
   const LoadSample& sample = cell.result.samples[index];
-  const auto seconds = [&](absl::Time time) -> nlohmann::ordered_json {
-    if (time == absl::InfinitePast()) return nullptr;
+  const auto seconds = [&](Instant time) -> nlohmann::ordered_json {
+    if (time == Instant::InfinitePast()) return nullptr;
     return absl::ToDoubleSeconds(time - cell.result.start);
   };
   nlohmann::ordered_json predicted;

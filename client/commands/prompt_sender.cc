@@ -7,10 +7,10 @@
 
 #include "absl/memory/memory.h"
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "client/commands/request_report.h"
 #include "client/grpc_status.h"
 #include "client/manifest_check.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
 
 namespace headstart {
@@ -56,7 +56,7 @@ class Destination {
 };
 
 void NoteAccepted(const v1::Accepted& accepted, LoadSample* sample) {
-  sample->accepted = absl::Now();
+  sample->accepted = Instant::Now();
   if (!accepted.has_predicted_ttft()) return;
   sample->predicted_ttft = absl::Seconds(accepted.predicted_ttft().seconds()) +
                            absl::Nanoseconds(accepted.predicted_ttft().nanos());
@@ -154,7 +154,7 @@ absl::Status PromptSender::PrefillAndTake(const v1::PrefillRequest& request,
   KvReceiverOptions receive = destination.Receive();
   if (options_.deadline > absl::ZeroDuration()) {
     receive.timeout =
-        std::max(sample->planned + options_.deadline - absl::Now(), absl::Milliseconds(1));
+        std::max(sample->planned + options_.deadline - Instant::Now(), absl::Milliseconds(1));
   }
   receive.on_accepted = [sample](const v1::Accepted& accepted) {
     NoteAccepted(accepted, sample);
@@ -162,7 +162,7 @@ absl::Status PromptSender::PrefillAndTake(const v1::PrefillRequest& request,
   };
   HEADSTART_ASSIGN_OR_RETURN(const PrefillOutcome outcome,
                              client.Prefill(request, std::move(receive)));
-  const absl::Time start = sample->accepted - outcome.timing.accepted;  // of the attempt
+  const Instant start = sample->accepted - outcome.timing.accepted;  // of the attempt
   sample->began = start + outcome.timing.manifest;
   sample->first_token = start + outcome.timing.first_token;
   sample->all_kv = start + std::max(outcome.timing.completed, outcome.timing.last_chunk);
@@ -188,10 +188,10 @@ absl::Status PromptSender::FetchAlone(v1::PrefillRequest request, const PrefillC
   Destination destination(memory_, options_.into_memory);
   KvReceiverOptions receive = destination.Receive();
   receive.expected.skip_tokens = request.skip_tokens();
-  sample->planned = sample->sent = sample->accepted = sample->began = absl::Now();
+  sample->planned = sample->sent = sample->accepted = sample->began = Instant::Now();
   const absl::StatusOr<FetchOutcome> fetched =
       client.Fetch(location, {}, sample->connections, std::move(receive));
-  sample->first_token = sample->all_kv = absl::Now();
+  sample->first_token = sample->all_kv = Instant::Now();
   HEADSTART_RETURN_IF_ERROR(client.ReleaseKv(location));
   HEADSTART_RETURN_IF_ERROR(fetched.status());
   sample->kv_bytes = static_cast<int64_t>(fetched->completed.kv_bytes());

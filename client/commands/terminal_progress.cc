@@ -8,7 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/string_view.h"
-#include "absl/time/clock.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 namespace {
@@ -24,7 +24,7 @@ TerminalLine::TerminalLine() : enabled_(StderrIsATerminal()) {}
 
 bool TerminalLine::Due() {
   if (!enabled_) return false;
-  const absl::Time now = absl::Now();
+  const Instant now = Instant::Now();
   if (now < next_update_) return false;
   next_update_ = now + absl::Milliseconds(100);
   return true;

@@ -4,8 +4,8 @@
 
 #include <string>
 
-#include "absl/time/time.h"
 #include "client/kv_receiver.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 
@@ -25,7 +25,7 @@ class TerminalLine {
 
  private:
   const bool enabled_;
-  absl::Time next_update_ = absl::InfinitePast();
+  Instant next_update_ = Instant::InfinitePast();
 };
 
 // Follows one request.

@@ -6,8 +6,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "engine/model/model_config.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
 
 namespace headstart {
@@ -57,9 +57,9 @@ std::future<Loaded> LoadMeanwhile(const DecodeNodeOptions& options, const ModelC
                        .backend = options.backend,
                        .max_tokens = std::min(wanted, config.max_positions)};
   return std::async(std::launch::async, [decode = std::move(decode)] {
-    const absl::Time start = absl::Now();
+    const Instant start = Instant::Now();
     auto session = DecodeSession::Create(decode, nullptr);
-    return Loaded{std::move(session), absl::ToDoubleSeconds(absl::Now() - start)};
+    return Loaded{std::move(session), absl::ToDoubleSeconds(Instant::Now() - start)};
   });
 }
 
@@ -175,14 +175,14 @@ absl::StatusOr<DecodeNodeResult> RunDecodeNode(const DecodeNodeOptions& options,
   HEADSTART_RETURN_IF_ERROR(loaded.session.status());
   DecodeSession& session = **loaded.session;
   HEADSTART_RETURN_IF_ERROR(CheckSameModel(result.prefill.completed.manifest(), session));
-  const absl::Time import_start = absl::Now();
+  const Instant import_start = Instant::Now();
   HEADSTART_RETURN_IF_ERROR(Import(kv, session));
   kv = {};
-  const absl::Time decode_start = absl::Now();
+  const Instant decode_start = Instant::Now();
   HEADSTART_RETURN_IF_ERROR(Generate(session, first_token, output));
   result.load_seconds = loaded.seconds;
   result.import_seconds = absl::ToDoubleSeconds(decode_start - import_start);
-  result.decode_seconds = absl::ToDoubleSeconds(absl::Now() - decode_start);
+  result.decode_seconds = absl::ToDoubleSeconds(Instant::Now() - decode_start);
   return result;
 }
 

@@ -14,6 +14,7 @@
 #include "engine/schedule/page_pool.h"
 #include "engine/ship/host_pages.h"
 #include "engine/ship/shipment.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 
@@ -24,9 +25,9 @@ struct ActiveRequest {
   std::shared_ptr<Shipment> shipment;
   PrefillResult result;  // adds up, piece by piece
   absl::Duration lease = absl::ZeroDuration();
-  absl::Time expiry = absl::InfiniteFuture();        // the deadline, once computed the lease
-  absl::Time latest_start = absl::InfiniteFuture();  // see Rank
-  absl::Time waits_since = absl::InfinitePast();     // since it came, or its last piece ended
+  Instant expiry = Instant::InfiniteFuture();        // the deadline, once computed the lease
+  Instant latest_start = Instant::InfiniteFuture();  // see Rank
+  Instant waits_since = Instant::InfinitePast();     // since it came, or its last piece ended
   std::optional<absl::Duration> foreseen;            // until computed, without Interruptions
 
   // ---- how far it is
@@ -46,7 +47,7 @@ struct ActiveRequest {
 
   bool queued = true;  // no piece of it was run
   bool in_step = false;
-  absl::Time stepped_at = absl::InfinitePast();  // into the last step
+  Instant stepped_at = Instant::InfinitePast();  // into the last step
   bool computed = false;
   bool ended = false;  // while in a step: goes when that is finished
   std::atomic<bool> cancelled{false};
@@ -57,10 +58,10 @@ struct ActiveRequest {
   PageRefs pages;
   std::vector<HostChunk> reserved;  // for all that is still to be computed
   int64_t num_reserved = 0;         // when it came
-  std::optional<absl::Time> waits_for_room_since;
+  std::optional<Instant> waits_for_room_since;
   // Host memory of it that the last Expire saw, and since when nobody is known to have taken any.
   int64_t held = 0;
-  absl::Time held_since = absl::InfinitePast();
+  Instant held_since = Instant::InfinitePast();
 
   int64_t num_tokens() const { return request.num_tokens(); }
   bool detached() const { return request.detached.has_value(); }

@@ -2,10 +2,12 @@
 
 #include <algorithm>
 
+#include "kernels/base/instant.h"
+
 namespace headstart {
 
 Forecast MakeForecast(const QueuedWork& newcomer, std::vector<QueuedWork> others,
-                      absl::Duration busy, bool urgent, double margin, absl::Time now) {
+                      absl::Duration busy, bool urgent, double margin, Instant now) {
   std::sort(others.begin(), others.end(),
             [](const QueuedWork& a, const QueuedWork& b) { return a.rank.Before(b.rank); });
   Forecast forecast{.queue = busy, .compute = newcomer.cost};

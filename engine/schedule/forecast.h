@@ -6,6 +6,7 @@
 
 #include "absl/time/time.h"
 #include "engine/schedule/rank.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 
@@ -14,7 +15,7 @@ struct QueuedWork {
   Rank rank;
   int64_t num_tokens = 0;  // of the whole prompt; 0: it has other pieces before these
   absl::Duration cost;     // without the step that runs
-  absl::Time deadline = absl::InfiniteFuture();
+  Instant deadline = Instant::InfiniteFuture();
   bool is_short = false;  // runs between two layers of a step
 };
 
@@ -33,6 +34,6 @@ struct Forecast {
 // layers of a step, where only short ones run before it. Times behind the newcomer are stretched by
 // `margin` where they are held against the deadline of another one.
 Forecast MakeForecast(const QueuedWork& newcomer, std::vector<QueuedWork> others,
-                      absl::Duration busy, bool urgent, double margin, absl::Time now);
+                      absl::Duration busy, bool urgent, double margin, Instant now);
 
 }  // namespace headstart

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "kernels/base/instant.h"
+
 namespace headstart {
 namespace {
 
@@ -13,11 +15,11 @@ constexpr absl::Duration kGrace = absl::Milliseconds(250);
 
 }  // namespace
 
-absl::Time LatestStart(absl::Time accepted, absl::Duration cost, absl::Time deadline) {
+Instant LatestStart(Instant accepted, absl::Duration cost, Instant deadline) {
   return std::min(deadline, accepted + kGrace + kStretch * cost) - cost;
 }
 
-int64_t LevelAt(int32_t priority, absl::Time waits_since, absl::Duration ageing, absl::Time now) {
+int64_t LevelAt(int32_t priority, Instant waits_since, absl::Duration ageing, Instant now) {
   absl::Duration rest;
   const absl::Duration waited = std::max(now - waits_since, absl::ZeroDuration());
   return priority + absl::IDivDuration(waited, ageing, &rest);

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/error.h"
 #include "kernels/base/check.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
 
 namespace headstart {
@@ -51,6 +52,7 @@ void Scheduler::End(uint64_t key, const absl::Status& why) {
   entry.cancelled.store(true, std::memory_order_relaxed);
   entry.shipment->Close(why);
   entry.reserved.clear();
+  by_request_id_.erase(entry.request.request_id);
   if (!entry.in_step) Remove(found);
 }
 
@@ -78,14 +80,13 @@ void Scheduler::Remove(Entries::iterator found) {
     load_.lease_tokens -= num_tokens;
   }
   reserved_chunks_ -= entry.num_reserved;
-  by_request_id_.erase(entry.request.request_id);
   by_fetch_id_.erase(entry.fetch_id);
   entries_.erase(found);
 }
 
-absl::Time Scheduler::Expire(absl::Time now) {
-  const absl::Time wanted_since = RoomWantedSince();
-  absl::Time next = wanted_since <= now ? now + kStallCheckInterval : absl::InfiniteFuture();
+Instant Scheduler::Expire(Instant now) {
+  const Instant wanted_since = RoomWantedSince();
+  Instant next = wanted_since <= now ? now + kStallCheckInterval : Instant::InfiniteFuture();
   std::vector<std::pair<uint64_t, absl::Status>> due;
   for (auto& [key, entry] : entries_) {
     if (entry->ended) continue;
@@ -122,15 +123,15 @@ absl::Status Scheduler::WhyExpired(const Entry& entry) const {
                    absl::StrCat("the deadline passed ", where));
 }
 
-absl::Time Scheduler::RoomWantedSince() const {
-  absl::Time since = absl::InfiniteFuture();
+Instant Scheduler::RoomWantedSince() const {
+  Instant since = Instant::InfiniteFuture();
   for (const auto& [key, entry] : entries_) {
     if (!entry->ended) since = std::min(since, entry->waits_for_room_since.value_or(since));
   }
   return since;
 }
 
-bool Scheduler::IsStalled(Entry& entry, absl::Time wanted_since, absl::Time now) const {
+bool Scheduler::IsStalled(Entry& entry, Instant wanted_since, Instant now) const {
   const int64_t held = host_.held(entry.key);
   const bool moves = held == 0 || held != entry.held || entry.in_step;
   entry.held = held;
@@ -162,7 +163,7 @@ absl::StatusOr<std::shared_ptr<Shipment>> Scheduler::Find(const std::string& fet
 }
 
 absl::StatusOr<absl::Duration> Scheduler::Renew(const std::string& fetch_id,
-                                                const std::string& owner, absl::Time now) {
+                                                const std::string& owner, Instant now) {
   HEADSTART_ASSIGN_OR_RETURN(const uint64_t key, KeyOf(fetch_id, owner));
   Entry& entry = *entries_.at(key);
   if (entry.computed) entry.expiry = std::max(entry.expiry, now + entry.lease);

@@ -39,6 +39,7 @@
 #include "engine/ship/host_pages.h"
 #include "engine/ship/kv_part.h"
 #include "engine/ship/shipment.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 
@@ -119,24 +120,25 @@ class Scheduler {
   // ---- who comes in (scheduler_admission.cc)
 
   // Takes a request that is valid for the model and fits into `pages`. `fetch_id`: of detached KV,
-  // never used before. ALREADY_EXISTS: the request id is in flight. RESOURCE_EXHAUSTED: the queue
-  // is full, or host memory for KV that nobody announced to fetch; says when to come back.
-  // DEADLINE_EXCEEDED: past, or out of reach by what is known of the machine, its own or that of
-  // one that is in already; but where nobody is in and nothing was learned lately it is tried.
-  // INVALID_ARGUMENT: readers. Or whatever Close was given.
-  absl::StatusOr<Admitted> Add(PrefillRequest request, const std::string& fetch_id, absl::Time now);
+  // never used before. An earlier attempt with the same id and key ends first. ALREADY_EXISTS: the
+  // id is in flight otherwise. RESOURCE_EXHAUSTED: the queue is full, or host memory for KV that
+  // nobody announced to fetch; says when to come back. DEADLINE_EXCEEDED: past, or out of reach by
+  // what is known of the machine, its own or that of one that is in already; but where nobody is in
+  // and nothing was learned lately it is tried. INVALID_ARGUMENT: readers. Or whatever Close was
+  // given.
+  absl::StatusOr<Admitted> Add(PrefillRequest request, const std::string& fetch_id, Instant now);
 
   // What Add would say, but for detached KV; changes nothing.
-  Estimate Foresee(const PrefillRequest& request, absl::Time now) const;
+  Estimate Foresee(const PrefillRequest& request, Instant now) const;
 
   // ---- what runs (scheduler_steps.cc)
 
   // The next step, until Finish the only one but for urgent ones; none when nothing can run.
-  std::optional<Step> Next(absl::Time now);
+  std::optional<Step> Next(Instant now);
   // A step to run between two layers of `running`, that Next made; none when nothing that waits
   // comes before all of it.
-  std::optional<Step> NextUrgent(const Step& running, absl::Time now);
-  void Finish(const Step& step, StepResult result, absl::Time now);
+  std::optional<Step> NextUrgent(const Step& running, Instant now);
+  void Finish(const Step& step, StepResult result, Instant now);
 
   // ---- when it ends
 
@@ -147,14 +149,14 @@ class Scheduler {
 
   // Ends what is due at `now`. Returns when to be called again, unless Add, Next or Finish are
   // called before.
-  absl::Time Expire(absl::Time now);
+  Instant Expire(Instant now);
 
   // ---- detached KV. NOT_FOUND (reason UNKNOWN_FETCH_ID), PERMISSION_DENIED: not `owner`'s.
   absl::StatusOr<std::shared_ptr<Shipment>> Find(const std::string& fetch_id,
                                                  const std::string& owner) const;
   // Another lease from now on, unless the KV is gone already. Returns the lease.
   absl::StatusOr<absl::Duration> Renew(const std::string& fetch_id, const std::string& owner,
-                                       absl::Time now);
+                                       Instant now);
   absl::Status Release(const std::string& fetch_id, const std::string& owner);
 
   // ---- how it stands
@@ -162,7 +164,7 @@ class Scheduler {
   const SchedulerLoad& load() const { return load_; }
   const CostModel& costs() const { return costs_; }
   // To compute all that is in; nothing before the machine's speed is known.
-  std::optional<absl::Duration> PredictDrain(absl::Time now) const;
+  std::optional<absl::Duration> PredictDrain(Instant now) const;
   // The first `limit` requests that have not ended, in the order in which they came.
   std::vector<RequestView> Requests(size_t limit) const;
 
@@ -181,29 +183,31 @@ class Scheduler {
   // A step that runs, or none.
   struct RunningStep {
     bool runs = false;
-    absl::Time began = absl::InfinitePast();  // later by what urgent ones took of its time
+    Instant began = Instant::InfinitePast();  // later by what urgent ones took of its time
     absl::Duration cost;                      // as predicted; 0: unknown, or none runs
 
-    absl::Duration Rest(absl::Time now) const;
+    absl::Duration Rest(Instant now) const;
   };
 
   // Who may take memory although one before it that lacks it does not get it.
   enum class Overtaking : uint8_t { kAnybody, kShort, kNobody };
 
   // ---- who comes in
+  // OK when no request is in flight with this id any more.
+  absl::Status EndEarlierAttempt(const PrefillRequest& request);
   absl::Status CheckQueue(int64_t num_tokens) const;
-  absl::Status CheckDeadline(int64_t num_tokens, absl::Time deadline, const Estimate& estimate,
-                             bool displaces, absl::Time now) const;
+  absl::Status CheckDeadline(int64_t num_tokens, Instant deadline, const Estimate& estimate,
+                             bool displaces, Instant now) const;
   absl::Duration RetryDelay(int64_t num_tokens) const;
   // Without the refusal; `displaces`: as in Forecast.
-  Estimate Predict(const PrefillRequest& request, absl::Time now, bool* displaces) const;
+  Estimate Predict(const PrefillRequest& request, Instant now, bool* displaces) const;
   // Adds what is left of a request, but for the step that runs: its next piece, and if waiting gave
   // that a higher level the others by themselves.
-  void AddWork(const Entry& entry, absl::Time now, std::vector<QueuedWork>& work) const;
+  void AddWork(const Entry& entry, Instant now, std::vector<QueuedWork>& work) const;
   // Whether a newcomer, of which `found` tokens are there, would run between two layers of the step
   // that runs: not when that is nearly done, comes before it, or somebody computes its next page.
   bool WouldBeUrgent(const PrefillRequest& request, const Rank& rank, int64_t found,
-                     absl::Time now) const;
+                     Instant now) const;
   // Where it goes on behind the step that runs, if it is in that.
   int64_t PositionBehindStep(const Entry& entry) const;
   // Of the pieces from `position` on, of which tokens before `ready` are there.
@@ -220,12 +224,12 @@ class Scheduler {
   absl::Status Reserve(Entry& entry);
 
   // ---- what runs
-  Rank RankOf(const Entry& entry, absl::Time now) const;
+  Rank RankOf(const Entry& entry, Instant now) const;
   // Those that wait for compute, in their order.
-  std::vector<std::pair<Rank, Entry*>> Waiting(absl::Time now) const;
-  RunningStep Begin(const Step& step, absl::Time now) const;
+  std::vector<std::pair<Rank, Entry*>> Waiting(Instant now) const;
+  RunningStep Begin(const Step& step, Instant now) const;
   // `before`: only of short ones that come before that.
-  std::optional<Step> MakeStep(const std::optional<Rank>& before, absl::Time now);
+  std::optional<Step> MakeStep(const std::optional<Rank>& before, Instant now);
   // Of one that has no pages yet.
   void LookForPrefix(Entry& entry);
   bool GiveDevice(Entry& entry);
@@ -238,17 +242,17 @@ class Scheduler {
   std::vector<TokenRange> ChunksOf(const Entry& entry, const Pass& pass) const;
   // Chunks of host memory that the pass needs.
   int64_t RoomFor(const Entry& entry, const Pass& pass) const;
-  void WaitForRoom(Entry& entry, absl::Time now);
-  void EndRoomWait(Entry& entry, absl::Time now);
+  void WaitForRoom(Entry& entry, Instant now);
+  void EndRoomWait(Entry& entry, Instant now);
   // There are as many.
   std::vector<HostChunk> TakeRoom(Entry& entry, int64_t count);
-  static void NotePass(const Pass& pass, absl::Time now, std::vector<PieceRun>& runs);
-  Piece MakePiece(Entry& entry, const Pass& pass, absl::Time now);
+  static void NotePass(const Pass& pass, Instant now, std::vector<PieceRun>& runs);
+  Piece MakePiece(Entry& entry, const Pass& pass, Instant now);
   void Advance(Entry& entry, const Pass& pass, const Piece& piece, PieceResult& result,
-               absl::Time now);
+               Instant now);
   // `last`: of the piece that ended the prompt.
-  void Complete(Entry& entry, PrefillResult last, absl::Time now);
-  void LearnFrom(const Step& step, const StepResult& result, absl::Time now);
+  void Complete(Entry& entry, PrefillResult last, Instant now);
+  void LearnFrom(const Step& step, const StepResult& result, Instant now);
   void LearnFrom(const Entry& entry);
 
   // ---- when it ends
@@ -257,9 +261,9 @@ class Scheduler {
   absl::Status WhyExpired(const Entry& entry) const;
   // The first of the requests that wait for host memory came to that then; InfiniteFuture: none
   // waits.
-  absl::Time RoomWantedSince() const;
+  Instant RoomWantedSince() const;
   // Whether it holds host memory, and too long nobody has taken any of it though it was wanted.
-  bool IsStalled(Entry& entry, absl::Time wanted_since, absl::Time now) const;
+  bool IsStalled(Entry& entry, Instant wanted_since, Instant now) const;
   void Remove(Entries::iterator found);
   absl::StatusOr<uint64_t> KeyOf(const std::string& fetch_id, const std::string& owner) const;
 
@@ -270,12 +274,12 @@ class Scheduler {
   absl::Status closed_;
   CostModel costs_;
   Interruptions interruptions_;
-  absl::Time learned_at_ = absl::InfinitePast();  // from a step
+  Instant learned_at_ = Instant::InfinitePast();  // from a step
   SchedulerLoad load_;
   int64_t reserved_chunks_ = 0;  // of all requests
   uint64_t last_key_ = 0;
   Entries entries_;  // by key: in the order in which they came
-  std::unordered_map<std::string, uint64_t> by_request_id_;
+  std::unordered_map<std::string, uint64_t> by_request_id_;  // of those that have not ended
   std::unordered_map<std::string, uint64_t> by_fetch_id_;
   std::vector<int32_t> free_slots_;
   absl::flat_hash_set<PageHash> in_computation_;  // names of pages of the steps that run

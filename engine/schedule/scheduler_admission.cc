@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/error.h"
 #include "engine/schedule/scheduler.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
 
 namespace headstart {
@@ -34,12 +35,9 @@ absl::Duration ForPrinting(absl::Duration time) { return absl::Trunc(time, absl:
 }  // namespace
 
 absl::StatusOr<Admitted> Scheduler::Add(PrefillRequest request, const std::string& fetch_id,
-                                        absl::Time now) {
+                                        Instant now) {
   HEADSTART_RETURN_IF_ERROR(closed_);
-  if (by_request_id_.contains(request.request_id)) {
-    return MakeError(absl::StatusCode::kAlreadyExists, ErrorReason::kDuplicateRequestId,
-                     absl::StrCat("request_id: ", request.request_id, " is in flight"));
-  }
+  HEADSTART_RETURN_IF_ERROR(EndEarlierAttempt(request));
   Estimate estimate = Foresee(request, now);
   HEADSTART_RETURN_IF_ERROR(estimate.refusal);
 
@@ -74,7 +72,20 @@ absl::StatusOr<Admitted> Scheduler::Add(PrefillRequest request, const std::strin
   return admitted;
 }
 
-Estimate Scheduler::Foresee(const PrefillRequest& request, absl::Time now) const {
+absl::Status Scheduler::EndEarlierAttempt(const PrefillRequest& request) {
+  const auto found = by_request_id_.find(request.request_id);
+  if (found == by_request_id_.end()) return absl::OkStatus();
+  const std::string& key = entries_.at(found->second)->request.attempt_key;
+  if (key.empty() || key != request.attempt_key) {
+    return MakeError(absl::StatusCode::kAlreadyExists, ErrorReason::kDuplicateRequestId,
+                     absl::StrCat("request_id: ", request.request_id, " is in flight"));
+  }
+  End(found->second, MakeError(absl::StatusCode::kCancelled, ErrorReason::kClientCancelled,
+                               "the client tries again: a later attempt took its place"));
+  return absl::OkStatus();
+}
+
+Estimate Scheduler::Foresee(const PrefillRequest& request, Instant now) const {
   bool displaces = false;
   Estimate estimate = Predict(request, now, &displaces);
   estimate.refusal = closed_;
@@ -99,9 +110,8 @@ absl::Status Scheduler::CheckQueue(int64_t num_tokens) const {
                             RetryDelay(num_tokens));
 }
 
-absl::Status Scheduler::CheckDeadline(int64_t num_tokens, absl::Time deadline,
-                                      const Estimate& estimate, bool displaces,
-                                      absl::Time now) const {
+absl::Status Scheduler::CheckDeadline(int64_t num_tokens, Instant deadline,
+                                      const Estimate& estimate, bool displaces, Instant now) const {
   const absl::Duration left = deadline - now;
   if (left <= absl::ZeroDuration()) {
     return MakeError(absl::StatusCode::kDeadlineExceeded, ErrorReason::kDeadlineExceeded,
@@ -136,7 +146,7 @@ absl::Duration Scheduler::RetryDelay(int64_t num_tokens) const {
 
 // ---- predictions
 
-Estimate Scheduler::Predict(const PrefillRequest& request, absl::Time now, bool* displaces) const {
+Estimate Scheduler::Predict(const PrefillRequest& request, Instant now, bool* displaces) const {
   Estimate estimate;
   estimate.cached_tokens = prefixes_.Count(request, 0);
   const std::optional<absl::Duration> cost =
@@ -168,7 +178,7 @@ Estimate Scheduler::Predict(const PrefillRequest& request, absl::Time now, bool*
 }
 
 bool Scheduler::WouldBeUrgent(const PrefillRequest& request, const Rank& rank, int64_t found,
-                              absl::Time now) const {
+                              Instant now) const {
   if (request.num_tokens() - found > options_.batch_tokens || step_.Rest(now) <= LayerWait()) {
     return false;
   }
@@ -182,7 +192,7 @@ bool Scheduler::WouldBeUrgent(const PrefillRequest& request, const Rank& rank, i
   });
 }
 
-void Scheduler::AddWork(const Entry& entry, absl::Time now, std::vector<QueuedWork>& work) const {
+void Scheduler::AddWork(const Entry& entry, Instant now, std::vector<QueuedWork>& work) const {
   const int64_t from = PositionBehindStep(entry);
   const auto cost_from = [&](int64_t position) {
     const int64_t ready = std::max({position, entry.ready, entry.hint});
@@ -194,7 +204,7 @@ void Scheduler::AddWork(const Entry& entry, absl::Time now, std::vector<QueuedWo
   const Rank unaged{entry.request.priority, entry.latest_start, entry.key};
   if (next.rank.level > unaged.level) {
     const QueuedWork rest{unaged, 0, cost_from(entry.in_step ? from : from + options_.piece_tokens),
-                          std::exchange(next.deadline, absl::InfiniteFuture())};
+                          std::exchange(next.deadline, Instant::InfiniteFuture())};
     next.cost -= rest.cost;
     work.push_back(rest);
   }
@@ -225,7 +235,7 @@ std::optional<absl::Duration> Scheduler::CostFrom(const PrefillRequest& request,
   return sum;
 }
 
-absl::Duration Scheduler::RunningStep::Rest(absl::Time now) const {
+absl::Duration Scheduler::RunningStep::Rest(Instant now) const {
   return std::max(cost - (now - began), absl::ZeroDuration());
 }
 
@@ -233,7 +243,7 @@ absl::Duration Scheduler::LayerWait() const {
   return step_.cost * kLayersAhead / options_.geometry.num_layers;
 }
 
-std::optional<absl::Duration> Scheduler::PredictDrain(absl::Time now) const {
+std::optional<absl::Duration> Scheduler::PredictDrain(Instant now) const {
   if (!costs_.TokensPerSecond().has_value()) return std::nullopt;  // nothing is known
   absl::Duration sum = step_.Rest(now) + urgent_step_.Rest(now);
   for (const auto& [key, entry] : entries_) {

@@ -4,6 +4,7 @@
 
 #include "engine/schedule/scheduler.h"
 #include "kernels/base/check.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 namespace {
@@ -29,13 +30,13 @@ absl::Duration TimeOf(const StepResult& result) {
 
 // ---- order
 
-Rank Scheduler::RankOf(const Entry& entry, absl::Time now) const {
-  const absl::Time until = entry.in_step ? entry.stepped_at : now;
+Rank Scheduler::RankOf(const Entry& entry, Instant now) const {
+  const Instant until = entry.in_step ? entry.stepped_at : now;
   return {LevelAt(entry.request.priority, entry.waits_since, options_.ageing, until),
           entry.latest_start, entry.key};
 }
 
-std::vector<std::pair<Rank, Scheduler::Entry*>> Scheduler::Waiting(absl::Time now) const {
+std::vector<std::pair<Rank, Scheduler::Entry*>> Scheduler::Waiting(Instant now) const {
   std::vector<std::pair<Rank, Entry*>> waiting;
   for (const auto& [key, entry] : entries_) {
     if (entry->waits_for_compute()) waiting.emplace_back(RankOf(*entry, now), entry.get());
@@ -47,7 +48,7 @@ std::vector<std::pair<Rank, Scheduler::Entry*>> Scheduler::Waiting(absl::Time no
 
 // ---- a step
 
-std::optional<Step> Scheduler::Next(absl::Time now) {
+std::optional<Step> Scheduler::Next(Instant now) {
   HEADSTART_CHECK(!step_.runs);
   std::optional<Step> step = MakeStep(std::nullopt, now);
   if (!step.has_value()) return step;
@@ -55,7 +56,7 @@ std::optional<Step> Scheduler::Next(absl::Time now) {
   return step;
 }
 
-std::optional<Step> Scheduler::NextUrgent(const Step& running, absl::Time now) {
+std::optional<Step> Scheduler::NextUrgent(const Step& running, Instant now) {
   std::optional<Rank> first;
   for (const Piece& piece : running.pieces) {
     const Rank rank = RankOf(*entries_.at(piece.request), now);
@@ -68,11 +69,11 @@ std::optional<Step> Scheduler::NextUrgent(const Step& running, absl::Time now) {
   return step;
 }
 
-Scheduler::RunningStep Scheduler::Begin(const Step& step, absl::Time now) const {
+Scheduler::RunningStep Scheduler::Begin(const Step& step, Instant now) const {
   return {true, now, costs_.Predict(ShapesOf(step)).value_or(absl::ZeroDuration())};
 }
 
-std::optional<Step> Scheduler::MakeStep(const std::optional<Rank>& before, absl::Time now) {
+std::optional<Step> Scheduler::MakeStep(const std::optional<Rank>& before, Instant now) {
   const bool urgent = before.has_value();
   Step step;
   int64_t num_tokens = 0;
@@ -178,13 +179,13 @@ int64_t Scheduler::RoomFor(const Entry& entry, const Pass& pass) const {
   return static_cast<int64_t>(ChunksOf(entry, pass).size()) * options_.geometry.num_layers;
 }
 
-void Scheduler::WaitForRoom(Entry& entry, absl::Time now) {
+void Scheduler::WaitForRoom(Entry& entry, Instant now) {
   if (entry.waits_for_room_since.has_value()) return;
   entry.waits_for_room_since = now;
   ++load_.waiting_for_room;
 }
 
-void Scheduler::EndRoomWait(Entry& entry, absl::Time now) {
+void Scheduler::EndRoomWait(Entry& entry, Instant now) {
   if (!entry.waits_for_room_since.has_value()) return;
   if (!entry.queued) {
     entry.result.room_wait_seconds += absl::ToDoubleSeconds(now - *entry.waits_for_room_since);
@@ -204,7 +205,7 @@ std::vector<HostChunk> Scheduler::TakeRoom(Entry& entry, int64_t count) {
 }
 
 // What the pass does, for those who look at it later.
-void Scheduler::NotePass(const Pass& pass, absl::Time now, std::vector<PieceRun>& runs) {
+void Scheduler::NotePass(const Pass& pass, Instant now, std::vector<PieceRun>& runs) {
   if (pass.compute_begin > pass.begin) {
     runs.push_back({pass.begin, pass.compute_begin - pass.begin, /*from_cache=*/true, now});
   }
@@ -213,7 +214,7 @@ void Scheduler::NotePass(const Pass& pass, absl::Time now, std::vector<PieceRun>
   }
 }
 
-Piece Scheduler::MakePiece(Entry& entry, const Pass& pass, absl::Time now) {
+Piece Scheduler::MakePiece(Entry& entry, const Pass& pass, Instant now) {
   EndRoomWait(entry, now);
   if (std::exchange(entry.queued, false)) {
     --load_.queued_requests;
@@ -253,7 +254,7 @@ Piece Scheduler::MakePiece(Entry& entry, const Pass& pass, absl::Time now) {
 
 // ---- its end
 
-void Scheduler::Finish(const Step& step, StepResult result, absl::Time now) {
+void Scheduler::Finish(const Step& step, StepResult result, Instant now) {
   HEADSTART_CHECK(result.size() == step.pieces.size());
   LearnFrom(step, result, now);
   ++load_.steps;
@@ -285,7 +286,7 @@ void Scheduler::Finish(const Step& step, StepResult result, absl::Time now) {
   }
 }
 
-void Scheduler::LearnFrom(const Step& step, const StepResult& result, absl::Time now) {
+void Scheduler::LearnFrom(const Step& step, const StepResult& result, Instant now) {
   const std::vector<PieceShape> shapes = ShapesOf(step);
   for (const PieceResult& piece : result) {
     if (!piece.status.ok()) return;
@@ -296,7 +297,7 @@ void Scheduler::LearnFrom(const Step& step, const StepResult& result, absl::Time
 }
 
 void Scheduler::Advance(Entry& entry, const Pass& pass, const Piece& piece, PieceResult& result,
-                        absl::Time now) {
+                        Instant now) {
   prefixes_.Publish(entry, pass.compute_begin, pass.end, result.state);
   entry.position = pass.end;
   entry.ready = std::max(entry.ready, pass.end);
@@ -311,7 +312,7 @@ void Scheduler::Advance(Entry& entry, const Pass& pass, const Piece& piece, Piec
   if (piece.ends_prompt) Complete(entry, std::move(result.result), now);
 }
 
-void Scheduler::Complete(Entry& entry, PrefillResult last, absl::Time now) {
+void Scheduler::Complete(Entry& entry, PrefillResult last, Instant now) {
   PrefillResult& sum = entry.result;
   sum.first_token = last.first_token;
   sum.layer_density = std::move(last.layer_density);

@@ -7,6 +7,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/time/time.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 
@@ -41,9 +42,9 @@ class CondVar {
     changed_.wait(lock);
     lock.release();
   }
-  void WaitUntil(Mutex* mutex, absl::Time deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
+  void WaitUntil(Mutex* mutex, Instant deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
     std::unique_lock<std::mutex> lock(mutex->mutex_, std::adopt_lock);
-    changed_.wait_until(lock, absl::ToChronoTime(deadline));
+    changed_.wait_until(lock, deadline.ToChrono());
     lock.release();
   }
   void Signal() { changed_.notify_one(); }

@@ -8,7 +8,9 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
+#include "proto/grpc_time.h"
 
 namespace headstart {
 
@@ -17,7 +19,7 @@ absl::Status CheckThroughListener(Listener& listener, absl::Duration timeout) {
   fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);  // gRPC's way; it closes it, too
   grpc::GenericStub stub(grpc::CreateInsecureChannelFromFd("self", fd));
   grpc::ClientContext context;
-  context.set_deadline(std::chrono::system_clock::now() + absl::ToChronoMilliseconds(timeout));
+  context.set_deadline(Instant::Now() + timeout);
   const grpc::Slice nothing;  // an empty HealthCheckRequest asks for the whole server
   const grpc::ByteBuffer request(&nothing, 1);
   grpc::ByteBuffer response;

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "engine/error.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 namespace {
@@ -29,25 +30,22 @@ void AddReal(const char* key, double number, TraceSpan* span) {
   Add(key, span)->set_double_value(number);
 }
 
-uint64_t Nanoseconds(absl::Time time) {
-  return static_cast<uint64_t>(std::max<int64_t>(absl::ToUnixNanos(time), 0));
-}
+// Unix time, for what happened by the monotonic clock: one moment is known by both.
+struct UnixTime {
+  Instant moment;
+  absl::Time wall;
 
-void SetTimes(absl::Time begin, absl::Time end, TraceSpan* span) {
-  span->set_start_time_unix_nano(Nanoseconds(begin));
-  span->set_end_time_unix_nano(Nanoseconds(std::max(begin, end)));
-}
-
-void AddEvent(const char* name, absl::Time at, TraceSpan* span) {
-  auto* event = span->add_events();
-  event->set_name(name);
-  event->set_time_unix_nano(Nanoseconds(at));
-}
+  uint64_t Nanoseconds(Instant at) const {
+    return static_cast<uint64_t>(std::max<int64_t>(absl::ToUnixNanos(wall + (at - moment)), 0));
+  }
+};
 
 // The span of a call of ours, and under it those of its parts.
 class CallSpans {
  public:
-  CallSpans(const char* method, const CallTrace& trace, const absl::Status& status) {
+  CallSpans(const char* method, const CallTrace& trace, const absl::Status& status,
+            const UnixTime& unix_time)
+      : unix_time_(unix_time) {
     TraceSpan& span = spans_.emplace_back();
     span.set_trace_id(trace.span.trace_id);
     span.set_span_id(trace.span.span_id);
@@ -70,8 +68,19 @@ class CallSpans {
 
   TraceSpan* call() { return &spans_.front(); }
 
+  void SetTimes(Instant begin, Instant end, TraceSpan* span) const {
+    span->set_start_time_unix_nano(unix_time_.Nanoseconds(begin));
+    span->set_end_time_unix_nano(unix_time_.Nanoseconds(std::max(begin, end)));
+  }
+
+  void AddEvent(const char* name, Instant at) {
+    auto* event = call()->add_events();
+    event->set_name(name);
+    event->set_time_unix_nano(unix_time_.Nanoseconds(at));
+  }
+
   // Good until the next one is added.
-  TraceSpan* AddPart(const char* name, absl::Time begin, absl::Time end) {
+  TraceSpan* AddPart(const char* name, Instant begin, Instant end) {
     TraceSpan& span = spans_.emplace_back();
     span.set_trace_id(call()->trace_id());
     span.set_span_id(NewSpanId());
@@ -91,17 +100,18 @@ class CallSpans {
   std::vector<TraceSpan> Take() { return std::move(spans_); }
 
  private:
+  const UnixTime unix_time_;
   std::vector<TraceSpan> spans_;
 };
 
 void AddQueue(const CallRecord& record, CallSpans* spans) {
-  absl::Time begin = record.accepted_at;
-  absl::Time end = record.queue.has_value() ? begin + *record.queue : record.ended_at;
+  Instant begin = record.accepted_at;
+  Instant end = record.queue.has_value() ? begin + *record.queue : record.ended_at;
   if (const PrefillResult* result = record.sent.result.get(); result != nullptr) {
     begin = result->accepted_at;
     end = result->started_at;
   }
-  AddEvent("accepted", begin, spans->call());
+  spans->AddEvent("accepted", begin);
   spans->AddPart("queue", begin, end);
 }
 
@@ -120,8 +130,9 @@ void AddPieces(const std::vector<PieceRun>& pieces, CallSpans* spans) {
   }
 }
 
-void AddResult(const PrefillResult& result, TraceSpan* call) {
-  AddEvent("computed", result.computed_at, call);
+void AddResult(const PrefillResult& result, CallSpans* spans) {
+  TraceSpan* call = spans->call();
+  spans->AddEvent("computed", result.computed_at);
   AddNumber("headstart.cached_tokens", result.cached_tokens, call);
   AddNumber("headstart.pieces", static_cast<int64_t>(result.pieces.size()), call);
   AddReal("headstart.density", DensityOf(result), call);
@@ -134,27 +145,29 @@ void AddResult(const PrefillResult& result, TraceSpan* call) {
 
 }  // namespace
 
-std::vector<TraceSpan> SpansOf(const CallRecord& record, const absl::Status& status) {
-  CallSpans spans("Prefill", record.trace, status);
-  SetTimes(record.came_at, record.ended_at, spans.call());
+std::vector<TraceSpan> SpansOf(const CallRecord& record, const absl::Status& status,
+                               absl::Time ended) {
+  CallSpans spans("Prefill", record.trace, status, {record.ended_at, ended});
+  spans.SetTimes(record.came_at, record.ended_at, spans.call());
   AddText("headstart.request_id", record.request_id, spans.call());
   AddNumber("headstart.prompt_tokens", record.num_tokens, spans.call());
   Add("headstart.detached", spans.call())->set_bool_value(record.detached);
   if (!record.accepted) return spans.Take();
   AddQueue(record, &spans);
   if (const PrefillResult* result = record.sent.result.get(); result != nullptr) {
-    AddResult(*result, spans.call());
+    AddResult(*result, &spans);
     AddPieces(result->pieces, &spans);
   }
   spans.AddCopyOut(record.sent);
   return spans.Take();
 }
 
-std::vector<TraceSpan> SpansOf(const FetchRecord& record, const absl::Status& status) {
-  CallSpans spans("FetchKv", record.trace, status);
-  SetTimes(record.came_at, record.ended_at, spans.call());
+std::vector<TraceSpan> SpansOf(const FetchRecord& record, const absl::Status& status,
+                               absl::Time ended) {
+  CallSpans spans("FetchKv", record.trace, status, {record.ended_at, ended});
+  spans.SetTimes(record.came_at, record.ended_at, spans.call());
   if (!record.opened) return spans.Take();
-  AddEvent("opened", record.opened_at, spans.call());
+  spans.AddEvent("opened", record.opened_at);
   AddNumber("headstart.stripe", record.part.stripe_index, spans.call());
   AddNumber("headstart.stripes", record.part.stripe_count, spans.call());
   AddNumber("headstart.from_chunk", record.from_chunk, spans.call());

@@ -5,6 +5,7 @@
 #include <array>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/instant.h"
 #include "server/ops/sampled_metrics.h"
 #include "server/version.h"
 
@@ -69,7 +70,7 @@ constexpr std::array kEndings = {
 constexpr std::array kTransferFailures = {
     ErrorReason::kOutOfMemory,   ErrorReason::kDeadlineExceeded, ErrorReason::kClientCancelled,
     ErrorReason::kClientStalled, ErrorReason::kNonfiniteOutput,  ErrorReason::kInternal,
-    ErrorReason::kEngineLost,    ErrorReason::kKvReleased,
+    ErrorReason::kEngineLost,    ErrorReason::kKvReleased,       ErrorReason::kMalformedRequest,
 };
 // How FetchKv calls can end.
 constexpr std::array kFetchCodes = {
@@ -281,7 +282,7 @@ void Metrics::RecordFetch(const FetchRecord& record, const absl::Status& status)
   if (status.ok()) RecordOverlap(record.sent, record.opened_at);
 }
 
-void Metrics::RecordOverlap(const SendRecord& sent, absl::Time opened_at) {
+void Metrics::RecordOverlap(const SendRecord& sent, Instant opened_at) {
   if (sent.kv_bytes == 0) return;
   exposed_transfer_time_.Observe(Seconds(ExposedTransfer(sent, opened_at)));
   overlap_.Observe(static_cast<double>(sent.kv_bytes_before_computed) /

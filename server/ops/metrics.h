@@ -17,6 +17,7 @@
 #include "absl/status/status.h"
 #include "engine/error.h"
 #include "engine/schedule/scheduler.h"
+#include "kernels/base/instant.h"
 #include "server/ops/metric_table.h"
 #include "server/rpc/call_record.h"
 
@@ -102,7 +103,7 @@ class Metrics {
   void RecordEstimate(const PrefillResult& result);
   void RecordBlocks(const PrefillResult& result);
   // How well a stream that carried all its KV was hidden behind compute.
-  void RecordOverlap(const SendRecord& sent, absl::Time opened_at);
+  void RecordOverlap(const SendRecord& sent, Instant opened_at);
 
   const std::string model_;
   prometheus::Registry registry_;

@@ -5,8 +5,10 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
 #include "opentelemetry/proto/collector/trace/v1/trace_service.grpc.pb.h"
+#include "proto/grpc_time.h"
 #include "server/net/socket.h"
 
 namespace headstart {
@@ -22,9 +24,9 @@ class OtlpSink final : public SpanSink {
             endpoint.address, endpoint.tls ? grpc::SslCredentials(grpc::SslCredentialsOptions())
                                            : grpc::InsecureChannelCredentials()))) {}
 
-  absl::StatusOr<int64_t> Send(const TraceExport& spans, absl::Time deadline) override {
+  absl::StatusOr<int64_t> Send(const TraceExport& spans, Instant deadline) override {
     grpc::ClientContext context;
-    context.set_deadline(absl::ToChronoTime(deadline));
+    context.set_deadline(deadline);
     if (!Begin(&context)) return absl::CancelledError("the exporter ends");
     ExportTraceServiceResponse response;
     const grpc::Status status = stub_->Export(&context, spans, &response);

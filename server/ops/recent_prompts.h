@@ -12,6 +12,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "engine/error.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/mutex.h"
 #include "server/rpc/call_record.h"
 
@@ -25,7 +26,7 @@ struct RecentPrompt {
   int64_t num_tokens = 0;
   int64_t cached_tokens = 0;
   bool detached = false;
-  absl::Time ended_at;
+  Instant ended_at;
   absl::Duration total;              // accepted until ended
   std::optional<TimeShares> shares;  // of those that ended OK; add up to `total`
   double density = 1;

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "absl/time/clock.h"
+#include "kernels/base/instant.h"
 #include "server/version.h"
 
 namespace headstart {
@@ -41,9 +41,9 @@ SpanExporter::~SpanExporter() {
   bool ended = false;
   {
     MutexLock lock(&mutex_);
-    end_by_ = absl::Now() + options_.flush_timeout;
+    end_by_ = Instant::Now() + options_.flush_timeout;
     changed_.SignalAll();
-    while (!ended_ && absl::Now() < end_by_) changed_.WaitUntil(&mutex_, end_by_);
+    while (!ended_ && Instant::Now() < end_by_) changed_.WaitUntil(&mutex_, end_by_);
     ended = ended_;
   }
   if (!ended) sink_->Cancel();
@@ -56,7 +56,7 @@ void SpanExporter::Push(std::vector<TraceSpan> spans) {
     dropped_ += static_cast<int64_t>(spans.size());
     return;
   }
-  if (waiting_.empty()) oldest_at_ = absl::Now();
+  if (waiting_.empty()) oldest_at_ = Instant::Now();
   for (TraceSpan& span : spans) waiting_.push_back(std::move(span));
   changed_.SignalAll();
 }
@@ -93,10 +93,10 @@ void SpanExporter::Run() {
 TraceExport SpanExporter::NextBatch() {
   TraceExport batch;
   MutexLock lock(&mutex_);
-  while (end_by_ == absl::InfiniteFuture() && waiting_.size() < options_.batch) {
-    const absl::Time due =
-        waiting_.empty() ? absl::InfiniteFuture() : oldest_at_ + options_.interval;
-    if (due <= absl::Now()) break;
+  while (end_by_ == Instant::InfiniteFuture() && waiting_.size() < options_.batch) {
+    const Instant due =
+        waiting_.empty() ? Instant::InfiniteFuture() : oldest_at_ + options_.interval;
+    if (due <= Instant::Now()) break;
     changed_.WaitUntil(&mutex_, due);
   }
   if (waiting_.empty()) return batch;
@@ -113,7 +113,7 @@ TraceExport SpanExporter::NextBatch() {
 }
 
 bool SpanExporter::TrySend(const TraceExport& batch) {
-  absl::Time deadline = absl::Now() + options_.send_timeout;
+  Instant deadline = Instant::Now() + options_.send_timeout;
   {
     MutexLock lock(&mutex_);
     deadline = std::min(deadline, end_by_);
@@ -129,12 +129,12 @@ bool SpanExporter::TrySend(const TraceExport& batch) {
 }
 
 bool SpanExporter::Pause(absl::Duration time) {
-  const absl::Time until = absl::Now() + time;
+  const Instant until = Instant::Now() + time;
   MutexLock lock(&mutex_);
-  while (end_by_ == absl::InfiniteFuture() && absl::Now() < until) {
+  while (end_by_ == Instant::InfiniteFuture() && Instant::Now() < until) {
     changed_.WaitUntil(&mutex_, until);
   }
-  return end_by_ == absl::InfiniteFuture();
+  return end_by_ == Instant::InfiniteFuture();
 }
 
 }  // namespace headstart

@@ -10,6 +10,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/mutex.h"
 #include "opentelemetry/proto/collector/trace/v1/trace_service.pb.h"
 
@@ -24,7 +25,7 @@ class SpanSink {
  public:
   virtual ~SpanSink() = default;
   // How many of the spans were refused. An error: none was taken, as far as is known.
-  virtual absl::StatusOr<int64_t> Send(const TraceExport& spans, absl::Time deadline) = 0;
+  virtual absl::StatusOr<int64_t> Send(const TraceExport& spans, Instant deadline) = 0;
   // A Send that waits ends soon, and every later one at once.
   virtual void Cancel() = 0;
 };
@@ -72,11 +73,11 @@ class SpanExporter {
   mutable Mutex mutex_;
   CondVar changed_;
   std::deque<TraceSpan> waiting_ ABSL_GUARDED_BY(mutex_);
-  absl::Time oldest_at_ ABSL_GUARDED_BY(mutex_) =
-      absl::InfiniteFuture();  // no later than any that waits
+  Instant oldest_at_ ABSL_GUARDED_BY(mutex_) =
+      Instant::InfiniteFuture();  // no later than any that waits
   int64_t exported_ ABSL_GUARDED_BY(mutex_) = 0;
   int64_t dropped_ ABSL_GUARDED_BY(mutex_) = 0;
-  absl::Time end_by_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();  // set once it ends
+  Instant end_by_ ABSL_GUARDED_BY(mutex_) = Instant::InfiniteFuture();  // set once it ends
   bool ended_ ABSL_GUARDED_BY(mutex_) = false;
   std::thread thread_;
 };

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "kernels/base/instant.h"
 #include "server/version.h"
 
 namespace headstart {
@@ -39,7 +40,7 @@ const char* NameOf(RequestState state) {
   return "";
 }
 
-json ToJson(const RequestView& request, absl::Time now) {
+json ToJson(const RequestView& request, Instant now) {
   return {
       {"request_id", request.request_id}, {"tokens", request.num_tokens},
       {"priority", request.priority},     {"position", request.position},
@@ -55,7 +56,7 @@ json ToJson(const TimeShares& shares) {
           {"exposed_transfer", Microseconds(shares.exposed_transfer)}};
 }
 
-json ToJson(const RecentPrompt& prompt, absl::Time now) {
+json ToJson(const RecentPrompt& prompt, Instant now) {
   return {{"number", prompt.number},
           {"request_id", prompt.request_id},
           {"code", absl::StatusCodeToString(prompt.code)},

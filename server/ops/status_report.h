@@ -7,6 +7,7 @@
 
 #include "absl/time/time.h"
 #include "engine/request.h"
+#include "kernels/base/instant.h"
 #include "server/ops/metrics.h"
 #include "server/ops/recent_prompts.h"
 
@@ -16,7 +17,7 @@ struct StatusReport {
   // At most so many requests are listed; `state.load` counts all.
   static constexpr size_t kMaxRequests = 200;
 
-  absl::Time now;
+  Instant now;
   absl::Duration uptime;
   std::string model;
   std::string phase;

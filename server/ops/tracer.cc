@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "absl/time/clock.h"
 #include "server/ops/call_spans.h"
 
 namespace headstart {
@@ -57,11 +58,11 @@ void Tracer::Join(const std::string& fetch_id, CallTrace* fetch) const {
 }
 
 void Tracer::End(const CallRecord& record, const absl::Status& status) const {
-  if (record.trace.span.sampled) exporter_->Push(SpansOf(record, status));
+  if (record.trace.span.sampled) exporter_->Push(SpansOf(record, status, absl::Now()));
 }
 
 void Tracer::End(const FetchRecord& record, const absl::Status& status) const {
-  if (record.trace.span.sampled) exporter_->Push(SpansOf(record, status));
+  if (record.trace.span.sampled) exporter_->Push(SpansOf(record, status, absl::Now()));
 }
 
 }  // namespace headstart

@@ -10,6 +10,9 @@
 namespace headstart {
 namespace {
 
+// Ten years.
+constexpr absl::Duration kMaxDuration = absl::Hours(10 * 365 * 24);
+
 // Adds options to one app under a group of its help, each with its environment variable.
 class OptionGroup {
  public:
@@ -60,11 +63,14 @@ class OptionGroup {
                ->type_name("NAME"));
   }
 
-  // Like 90s, 1500ms or 2m; more than nothing.
+  // Like 90s, 1500ms or 2m; more than nothing, and no more than anybody means.
   void AddDuration(const std::string& flag, absl::Duration* value, const std::string& help) {
     const auto parse = [flag, value](const std::string& text) {
-      if (!absl::ParseDuration(text, value) || *value <= absl::ZeroDuration()) {
-        throw CLI::ValidationError("--" + flag, "must be a time like 90s or 2m, not " + text);
+      if (!absl::ParseDuration(text, value) || *value <= absl::ZeroDuration() ||
+          *value > kMaxDuration) {
+        throw CLI::ValidationError("--" + flag, "must be a time like 90s or 2m, up to " +
+                                                    absl::FormatDuration(kMaxDuration) + ", not " +
+                                                    text);
       }
     };
     Finish(flag, app_->add_option_function<std::string>("--" + flag, parse, help)

@@ -11,8 +11,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "engine/error.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
 #include "server/ops/logging.h"
 #include "server/program/exit_code.h"
@@ -140,7 +140,7 @@ int RunServer(const ServerOptions& options, Server::EngineFactory make_engine) {
       {{"version", kVersion}, {"port", server->port()}, {"admin_port", server->admin_port()}});
 
   server->WaitForEnd();
-  watchdog.Schedule(absl::Now() + options.drain_timeout + kHangLimit, [] {
+  watchdog.Schedule(Instant::Now() + options.drain_timeout + kHangLimit, [] {
     Log(LogLevel::kError, "the end hangs: giving up");
     ExitNow(kExitRuntime);
   });

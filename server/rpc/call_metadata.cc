@@ -3,14 +3,14 @@
 #include <grpc/grpc_security_constants.h>
 
 #include <algorithm>
-#include <chrono>
 #include <vector>
 
 #include "absl/random/random.h"
 #include "absl/strings/str_format.h"
-#include "absl/time/clock.h"
 #include "engine/error.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
+#include "proto/grpc_time.h"
 #include "server/rpc/convert.h"
 
 namespace headstart {
@@ -73,11 +73,11 @@ std::optional<TraceContext> TraceParent(const grpc::ServerContextBase& call) {
   return ParseTraceParent(Metadata(call, "traceparent"));
 }
 
-absl::Time EffectiveDeadline(const grpc::ServerContextBase& call, const ServerOptions& options) {
-  const absl::Time now = absl::Now();
-  const std::chrono::system_clock::time_point client = call.deadline();
-  if (client == std::chrono::system_clock::time_point::max()) return now + options.default_deadline;
-  return std::min(absl::FromChrono(client), now + options.max_deadline);
+Instant EffectiveDeadline(const grpc::ServerContextBase& call, const ServerOptions& options) {
+  const Instant now = Instant::Now();
+  const Instant client = FromGrpcTime(call.raw_deadline());
+  if (client == Instant::InfiniteFuture()) return now + options.default_deadline;
+  return std::min(client, now + options.max_deadline);
 }
 
 }  // namespace headstart

@@ -8,7 +8,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/time/time.h"
+#include "kernels/base/instant.h"
 #include "server/ops/trace_context.h"
 #include "server/options.h"
 
@@ -31,6 +31,6 @@ absl::StatusOr<std::string> ChooseRequestId(const std::string& from_message,
 std::optional<TraceContext> TraceParent(const grpc::ServerContextBase& call);
 
 // The client's deadline, or the default one; no later than the longest that the server allows.
-absl::Time EffectiveDeadline(const grpc::ServerContextBase& call, const ServerOptions& options);
+Instant EffectiveDeadline(const grpc::ServerContextBase& call, const ServerOptions& options);
 
 }  // namespace headstart

@@ -4,6 +4,7 @@
 
 #include "absl/strings/escaping.h"
 #include "engine/error.h"
+#include "kernels/base/instant.h"
 #include "server/ops/logging.h"
 
 namespace headstart {
@@ -51,7 +52,7 @@ double DensityOf(const PrefillResult& result) {
   return static_cast<double>(result.executed_blocks) / static_cast<double>(result.causal_blocks);
 }
 
-TimeShares ShareTime(const PrefillResult& result, absl::Time now) {
+TimeShares ShareTime(const PrefillResult& result, Instant now) {
   const absl::Duration total = now - result.accepted_at;
   TimeShares shares;
   shares.queue = result.started_at - result.accepted_at;
@@ -67,8 +68,8 @@ TimeShares ShareTime(const PrefillResult& result, absl::Time now) {
   return shares;
 }
 
-absl::Duration ExposedTransfer(const SendRecord& sent, absl::Time opened_at) {
-  const absl::Time since = std::max(sent.result->computed_at, opened_at);
+absl::Duration ExposedTransfer(const SendRecord& sent, Instant opened_at) {
+  const Instant since = std::max(sent.result->computed_at, opened_at);
   return std::max(sent.last_chunk_at - since, absl::ZeroDuration());
 }
 

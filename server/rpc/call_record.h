@@ -10,6 +10,7 @@
 #include "absl/time/time.h"
 #include "engine/request.h"
 #include "engine/ship/kv_part.h"
+#include "kernels/base/instant.h"
 #include "server/ops/trace_context.h"
 
 namespace headstart {
@@ -20,8 +21,8 @@ struct SendRecord {
   int64_t chunks = 0;
   int64_t kv_bytes = 0;
   int64_t kv_bytes_before_computed = 0;
-  absl::Time first_chunk_at = absl::InfinitePast();
-  absl::Time last_chunk_at = absl::InfinitePast();
+  Instant first_chunk_at = Instant::InfinitePast();
+  Instant last_chunk_at = Instant::InfinitePast();
   std::shared_ptr<const PrefillResult>
       result;  // once computed to the end, and nothing else to send
 };
@@ -30,8 +31,8 @@ struct SendRecord {
 struct CallRecord {
   std::string peer;
   CallTrace trace;
-  absl::Time came_at = absl::InfinitePast();
-  absl::Time ended_at = absl::InfinitePast();
+  Instant came_at = Instant::InfinitePast();
+  Instant ended_at = Instant::InfinitePast();
   std::string request_id;  // empty until one was found good
   bool unknown_model = false;
   bool accepted = false;
@@ -40,7 +41,7 @@ struct CallRecord {
   bool below_dense_limit = false;  // ProxyAttn was asked for, the prompt is too short for it
 
   // From here on for what was accepted.
-  absl::Time accepted_at = absl::InfinitePast();
+  Instant accepted_at = Instant::InfinitePast();
   std::optional<absl::Duration> queue;  // until compute began, if it did
   SendRecord sent;
 
@@ -51,10 +52,10 @@ struct CallRecord {
 struct FetchRecord {
   std::string peer;
   CallTrace trace;
-  absl::Time came_at = absl::InfinitePast();
-  absl::Time ended_at = absl::InfinitePast();
+  Instant came_at = Instant::InfinitePast();
+  Instant ended_at = Instant::InfinitePast();
   bool opened = false;  // the KV is there; from here on for what was opened
-  absl::Time opened_at = absl::InfinitePast();
+  Instant opened_at = Instant::InfinitePast();
   KvPart part;
   int64_t from_chunk = 0;
   SendRecord sent;
@@ -76,11 +77,11 @@ struct TimeShares {
 // Executed share of the causal attention blocks; 1 where there are none.
 double DensityOf(const PrefillResult& result);
 
-TimeShares ShareTime(const PrefillResult& result, absl::Time now);
+TimeShares ShareTime(const PrefillResult& result, Instant now);
 
 // How long the stream's KV went on to leave when it was the only thing to wait for: from the end of
 // compute, or from `opened_at` if that was later, to the last chunk.
-absl::Duration ExposedTransfer(const SendRecord& sent, absl::Time opened_at);
+absl::Duration ExposedTransfer(const SendRecord& sent, Instant opened_at);
 
 // One line each, without prompt tokens.
 void LogCall(const CallRecord& record, const absl::Status& status);

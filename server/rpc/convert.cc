@@ -11,9 +11,9 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "engine/error.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
 #include "server/rpc/describe.h"
 
@@ -22,6 +22,7 @@ namespace {
 
 constexpr size_t kMaxRequestIdBytes = 128;
 constexpr size_t kMaxTransferParamsBytes = 4096;
+constexpr size_t kMaxAttemptKeyBytes = 64;
 constexpr size_t kMaxSaltBytes = 64;
 constexpr size_t kMaxQuotedBytes = 128;
 
@@ -231,6 +232,11 @@ absl::StatusOr<PrefillRequest> ToRequest(const v1::PrefillRequest& request,
     return InvalidField(absl::StrCat("transfer_params has ", request.transfer_params().size(),
                                      " bytes, limit ", kMaxTransferParamsBytes));
   }
+  if (request.attempt_key().size() > kMaxAttemptKeyBytes) {
+    return InvalidField(absl::StrCat("attempt_key has ", request.attempt_key().size(),
+                                     " bytes, limit ", kMaxAttemptKeyBytes));
+  }
+  out.attempt_key = request.attempt_key();
   HEADSTART_RETURN_IF_ERROR(FillTokens(request, engine.config().vocab_size, &out.token_ids));
   HEADSTART_RETURN_IF_ERROR(FillSampling(request.sampling(), &out.sampling));
   HEADSTART_ASSIGN_OR_RETURN(const AttentionRequest wanted, FromProto(request.attention()));
@@ -265,13 +271,13 @@ absl::StatusOr<PrefillRequest> ToRequest(const v1::EstimateRequest& request,
   return ToRequest(any, model);
 }
 
-absl::StatusOr<absl::Time> DeadlineOf(const v1::EstimateRequest& request,
-                                      const ServerOptions& options) {
+absl::StatusOr<Instant> DeadlineOf(const v1::EstimateRequest& request,
+                                   const ServerOptions& options) {
   absl::Duration left = options.default_deadline;
   if (request.has_deadline()) {
     HEADSTART_ASSIGN_OR_RETURN(left, FromProto("deadline", request.deadline()));
   }
-  return absl::Now() + std::min(left, options.max_deadline);
+  return Instant::Now() + std::min(left, options.max_deadline);
 }
 
 absl::StatusOr<KvPart> ToPart(absl::string_view path, const v1::KvPart& part,

@@ -11,6 +11,7 @@
 #include "engine/request.h"
 #include "engine/ship/kv_part.h"
 #include "headstart/v1/prefill.pb.h"
+#include "kernels/base/instant.h"
 #include "server/rpc/served_model.h"
 
 namespace headstart {
@@ -41,8 +42,8 @@ absl::StatusOr<PrefillRequest> ToRequest(const v1::EstimateRequest& request,
                                          const ServedModel& model);
 
 // When the prompt would have to be done. INVALID_ARGUMENT: no time.
-absl::StatusOr<absl::Time> DeadlineOf(const v1::EstimateRequest& request,
-                                      const ServerOptions& options);
+absl::StatusOr<Instant> DeadlineOf(const v1::EstimateRequest& request,
+                                   const ServerOptions& options);
 
 // ProxyAttn was asked for, and the whole prompt runs dense because it is short.
 bool IsBelowDenseLimit(const PrefillRequest& request);

@@ -7,12 +7,15 @@
 #include <vector>
 
 #include "engine/error.h"
+#include "kernels/base/instant.h"
 #include "server/rpc/call_record.h"
 #include "server/rpc/convert.h"
 #include "server/version.h"
 
 namespace headstart {
 namespace {
+
+constexpr absl::Duration kLongestDuration = absl::Seconds(315'576'000'000);
 
 v1::AttentionPreset ToProto(AttentionPreset preset) {
   switch (preset) {
@@ -101,7 +104,7 @@ void FillPrefix(const PrefillResult& result, v1::KvManifest* out) {
                                 : v1::AttentionProvenance::ALGORITHM_DENSE);
 }
 
-void FillTimes(const PrefillResult& result, absl::Time now, v1::PrefillStatistics* out) {
+void FillTimes(const PrefillResult& result, Instant now, v1::PrefillStatistics* out) {
   const TimeShares shares = ShareTime(result, now);
   SetDuration(shares.queue, out->mutable_queue());
   SetDuration(shares.selection, out->mutable_selection());
@@ -214,7 +217,7 @@ v1::KvManifest ToManifest(const PrefillRequest& request, const ServedModel& mode
 }
 
 v1::Completed ToCompleted(const v1::KvManifest& manifest, const PrefillResult& result,
-                          absl::Time now) {
+                          Instant now) {
   v1::Completed out;
   out.mutable_first_token()->set_id(static_cast<uint32_t>(result.first_token.id));
   out.mutable_first_token()->set_logprob(result.first_token.logprob);
@@ -272,8 +275,9 @@ v1::GetServerInfoResponse ToServerInfo(const ServedModel& model, bool draining) 
 }
 
 void SetDuration(absl::Duration duration, google::protobuf::Duration* out) {
-  out->set_seconds(absl::ToInt64Seconds(duration));
-  out->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(duration % absl::Seconds(1))));
+  const absl::Duration valid = std::clamp(duration, -kLongestDuration, kLongestDuration);
+  out->set_seconds(absl::ToInt64Seconds(valid));
+  out->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(valid % absl::Seconds(1))));
 }
 
 grpc::ByteBuffer SerializeMessage(const google::protobuf::Message& message) {

@@ -7,6 +7,7 @@
 #include "engine/request.h"
 #include "headstart/v1/prefill.pb.h"
 #include "kernels/base/dtype.h"
+#include "kernels/base/instant.h"
 #include "server/rpc/served_model.h"
 
 namespace headstart {
@@ -25,12 +26,12 @@ v1::KvManifest ToManifest(const PrefillRequest& request, const ServedModel& mode
 
 // First token, manifest with densities, and statistics as of `now`. Number of chunks and bytes are
 // the stream's to fill.
-v1::Completed ToCompleted(const v1::KvManifest& manifest, const PrefillResult& result,
-                          absl::Time now);
+v1::Completed ToCompleted(const v1::KvManifest& manifest, const PrefillResult& result, Instant now);
 
 v1::GetModelInfoResponse ToModelInfo(const ServedModel& model);
 v1::GetServerInfoResponse ToServerInfo(const ServedModel& model, bool draining);
 
+// Cut to what google.protobuf.Duration can say: 10 000 years either way.
 void SetDuration(absl::Duration duration, google::protobuf::Duration* out);
 
 grpc::ByteBuffer SerializeMessage(const google::protobuf::Message& message);

@@ -4,6 +4,7 @@
 
 #include "engine/engine.h"
 #include "engine/error.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
 #include "server/rpc/call_metadata.h"
 #include "server/rpc/convert.h"
@@ -20,7 +21,7 @@ absl::Status WrongMessage(absl::string_view message) {
 FetchCall::FetchCall(ServiceContext* service, grpc::CallbackServerContext* call)
     : KvCall(service, call) {
   record_.peer = call->peer();
-  record_.came_at = absl::Now();
+  record_.came_at = Instant::Now();
   record_.trace = service->tracer->Begin(TraceParent(*call));
 }
 
@@ -40,7 +41,7 @@ absl::Status FetchCall::Begin(const grpc::ByteBuffer& message) {
       auto reader, model->engine->Fetch(fetch_id_, owner_, record_.part, record_.from_chunk));
   engine_ = model->engine;
   record_.opened = true;
-  record_.opened_at = absl::Now();
+  record_.opened_at = Instant::Now();
   service().metrics->RecordFetchStart(/*resumes=*/record_.from_chunk > 0);
   sender().Ship(std::move(reader), record_.part);
   ReadNext();
@@ -59,7 +60,7 @@ absl::Status FetchCall::OnMessage(const grpc::ByteBuffer& message) {
 
 void FetchCall::Settle(const absl::Status& status) {
   record_.sent = sender().record();
-  record_.ended_at = absl::Now();
+  record_.ended_at = Instant::Now();
   service().metrics->RecordFetch(record_, status);
   service().tracer->End(record_, status);
   LogFetch(record_, status);

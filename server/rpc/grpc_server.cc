@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "headstart/v1/prefill.grpc.pb.h"
+#include "proto/grpc_time.h"
 
 namespace headstart {
 namespace {
@@ -26,23 +27,22 @@ class WithoutReflection : public grpc::ServerBuilderOption {
   }
 };
 
-int ToMs(absl::Duration duration) { return static_cast<int>(absl::ToInt64Milliseconds(duration)); }
-
 void SetConnectionLimits(const ServerOptions& options, grpc::ServerBuilder* builder) {
   const ConnectionOptions& c = options.connections;
   builder->SetMaxReceiveMessageSize(c.max_message_bytes);
   builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, c.max_metadata_bytes);
   builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, c.max_streams_per_connection);
-  builder->AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, ToMs(c.handshake_timeout));
-  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, ToMs(c.keepalive_time));
-  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, ToMs(c.keepalive_timeout));
+  builder->AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, ToGrpcMs(c.handshake_timeout));
+  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, ToGrpcMs(c.keepalive_time));
+  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, ToGrpcMs(c.keepalive_timeout));
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
   builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
-                              ToMs(c.min_ping_interval));
-  builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS, ToMs(c.max_idle));
-  builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_MS, ToMs(c.max_age));
+                              ToGrpcMs(c.min_ping_interval));
+  builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS, ToGrpcMs(c.max_idle));
+  builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_MS, ToGrpcMs(c.max_age));
   // A call that began before the connection grew old may finish like one before a drain.
-  builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS, ToMs(options.drain_timeout));
+  builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS,
+                              ToGrpcMs(options.drain_timeout));
   grpc::ResourceQuota quota("headstart");
   quota.Resize(static_cast<size_t>(c.receive_memory_bytes));
   builder->SetResourceQuota(quota);

@@ -8,6 +8,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/error.h"
+#include "kernels/base/instant.h"
+#include "proto/grpc_time.h"
 #include "server/rpc/rich_status.h"
 
 namespace headstart {
@@ -54,7 +56,7 @@ void KvCall::OnReadDone(bool ok) {
   }
   service_.timer->Cancel(first_message_timer_);
   if (!ok) {
-    first_message_timer_ = service_.timer->Schedule(absl::Now() + kCancelNotice, [this] {
+    first_message_timer_ = service_.timer->Schedule(Instant::Now() + kCancelNotice, [this] {
       EndWith(MakeError(absl::StatusCode::kInvalidArgument, ErrorReason::kMalformedRequest,
                         "the call brought no request message"));
     });
@@ -83,8 +85,8 @@ absl::Status KvCall::WhyCancelled() const {
   }
   // A client whose time is up resets the call, and that may come before our own clock says so: gRPC
   // rounds a timeout up by as much as a hundredth on the wire.
-  const absl::Time deadline = absl::FromChrono(context_.deadline());
-  if (absl::Now() >= deadline - std::max(kDeadlineSlack, (deadline - came_at_) / 50)) {
+  const Instant deadline = FromGrpcTime(context_.raw_deadline());
+  if (Instant::Now() >= deadline - std::max(kDeadlineSlack, (deadline - came_at_) / 50)) {
     return MakeError(absl::StatusCode::kDeadlineExceeded, ErrorReason::kDeadlineExceeded,
                      "the client's deadline passed");
   }

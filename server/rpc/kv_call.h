@@ -16,8 +16,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/time/clock.h"
-#include "absl/time/time.h"
+#include "kernels/base/instant.h"
 #include "server/rpc/kv_sender.h"
 #include "server/rpc/service_context.h"
 
@@ -42,8 +41,8 @@ class KvCall : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer
 
   // Takes the first message. An error ends the call.
   virtual absl::Status Begin(const grpc::ByteBuffer& message) = 0;
-  // Takes another one, where Begin called ReadNext.
-  virtual absl::Status OnMessage(const grpc::ByteBuffer& /*message*/) { return absl::OkStatus(); }
+  // Takes another one, where Begin called ReadNext. An error ends the call.
+  virtual absl::Status OnMessage(const grpc::ByteBuffer& message) = 0;
   // The end: gives back, counts, logs.
   virtual void Settle(const absl::Status& status) = 0;
 
@@ -68,7 +67,7 @@ class KvCall : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer
 
   ServiceContext& service_;
   grpc::CallbackServerContext& context_;
-  const absl::Time came_at_ = absl::Now();
+  const Instant came_at_ = Instant::Now();
   const std::shared_ptr<KvSender> sender_;
   std::atomic<bool> claimed_{false};
   Timer::Id first_message_timer_ = Timer::kNone;

@@ -6,9 +6,9 @@
 #include <variant>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "engine/engine.h"
 #include "engine/error.h"
+#include "kernels/base/instant.h"
 #include "server/rpc/describe.h"
 
 namespace headstart {
@@ -79,7 +79,7 @@ KvSender::Step KvSender::NextStep() {
     in_flight_ = std::move(queue_.front());
     queue_.pop_front();
     writing_ = true;
-    write_began_ = absl::Now();
+    write_began_ = Instant::Now();
     if (stall_timer_ == Timer::kNone) Watch(&KvSender::stall_timer_);
     return Step::kWrite;
   }
@@ -116,7 +116,7 @@ v1::PrefillResponse KvSender::MakeManifest() {
 }
 
 v1::PrefillResponse KvSender::MakeCompletion(const PrefillResult& result) const {
-  v1::Completed completed = ToCompleted(manifest_, result, absl::Now());
+  v1::Completed completed = ToCompleted(manifest_, result, Instant::Now());
   completed.set_num_chunks(static_cast<uint32_t>(reader_->num_chunks()));
   completed.set_kv_bytes(static_cast<uint64_t>(reader_->kv_bytes()));
   v1::PrefillResponse response;
@@ -174,7 +174,7 @@ void KvSender::OnWriteDone(bool ok) {
 
 void KvSender::NoteSent(const StreamMessage& message) {
   if (message.kv_bytes == 0) return;
-  record_.last_chunk_at = absl::Now();
+  record_.last_chunk_at = Instant::Now();
   if (record_.chunks == 0) record_.first_chunk_at = record_.last_chunk_at;
   ++record_.chunks;
   record_.kv_bytes += message.kv_bytes;
@@ -182,7 +182,7 @@ void KvSender::NoteSent(const StreamMessage& message) {
   service_.metrics->RecordChunkSent(message.kv_bytes, part_.stripe_count);
 }
 
-absl::Time KvSender::WriteLimit() const {
+Instant KvSender::WriteLimit() const {
   if (status_.ok()) return write_began_ + service_.options->write_stall_timeout;
   return IsStall(status_) ? ended_at_ : ended_at_ + kErrorGrace;
 }
@@ -197,7 +197,7 @@ void KvSender::CheckWrite(Timer::Id KvSender::*timer) {
     MutexLock lock(&mutex_);
     this->*timer = Timer::kNone;
     if (!writing_) return;
-    if (absl::Now() < WriteLimit()) return Watch(timer);
+    if (Instant::Now() < WriteLimit()) return Watch(timer);
     if (status_.ok()) {
       status_ =
           MakeError(absl::StatusCode::kCancelled, ErrorReason::kClientStalled,
@@ -205,7 +205,7 @@ void KvSender::CheckWrite(Timer::Id KvSender::*timer) {
                                  absl::FormatDuration(service_.options->write_stall_timeout)));
     }
     ended_ = true;
-    ended_at_ = absl::Now();
+    ended_at_ = Instant::Now();
     queue_.clear();
     why = status_;
   }
@@ -221,7 +221,7 @@ void KvSender::End(absl::Status status) {
     if (ended_ && !writing_ && queue_.empty()) return;
     ended_ = true;
     status_ = std::move(status);
-    ended_at_ = absl::Now();
+    ended_at_ = Instant::Now();
     queue_.clear();
     if (writing_) Watch(&KvSender::grace_timer_);
   }

@@ -12,9 +12,9 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
-#include "absl/time/time.h"
 #include "engine/ship/shipment.h"
 #include "headstart/v1/prefill.pb.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/mutex.h"
 #include "server/rpc/call_record.h"
 #include "server/rpc/chunk_frame.h"
@@ -84,7 +84,7 @@ class KvSender : public std::enable_shared_from_this<KvSender> {
 
   void NoteSent(const StreamMessage& message);
   // When the call is cut if the write in flight is not over.
-  absl::Time WriteLimit() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  Instant WriteLimit() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Watch(Timer::Id KvSender::*timer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void CheckWrite(Timer::Id KvSender::*timer);
 
@@ -104,10 +104,10 @@ class KvSender : public std::enable_shared_from_this<KvSender> {
   std::deque<StreamMessage> queue_ ABSL_GUARDED_BY(mutex_);
   StreamMessage in_flight_;  // of whoever set writing_, until OnWriteDone
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;
-  absl::Time write_began_ ABSL_GUARDED_BY(mutex_);
+  Instant write_began_ ABSL_GUARDED_BY(mutex_);
   bool ended_ ABSL_GUARDED_BY(mutex_) = false;   // nothing more is asked for
   absl::Status status_ ABSL_GUARDED_BY(mutex_);  // once ended
-  absl::Time ended_at_ ABSL_GUARDED_BY(mutex_);
+  Instant ended_at_ ABSL_GUARDED_BY(mutex_);
   Timer::Id stall_timer_ ABSL_GUARDED_BY(mutex_) = Timer::kNone;
   Timer::Id grace_timer_ ABSL_GUARDED_BY(mutex_) = Timer::kNone;
 };

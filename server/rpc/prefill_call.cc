@@ -4,6 +4,8 @@
 #include <utility>
 
 #include "engine/engine.h"
+#include "engine/error.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
 #include "server/rpc/call_metadata.h"
 #include "server/rpc/convert.h"
@@ -14,7 +16,7 @@ namespace headstart {
 PrefillCall::PrefillCall(ServiceContext* service, grpc::CallbackServerContext* call)
     : KvCall(service, call) {
   record_.peer = call->peer();
-  record_.came_at = absl::Now();
+  record_.came_at = Instant::Now();
   record_.trace = service->tracer->Begin(TraceParent(*call));
 }
 
@@ -34,16 +36,27 @@ absl::Status PrefillCall::Begin(const grpc::ByteBuffer& message) {
   engine_ = model->engine;
   key_ = submission.key;
   record_.accepted = true;
-  record_.accepted_at = absl::Now();
+  record_.accepted_at = Instant::Now();
   if (record_.detached) service().tracer->NoteFetchId(submission.fetch_id, record_.trace);
   SendAccepted(parsed, submission);
   sender().Ship(std::move(submission.reader), WholeKv(engine_->geometry()));
+  ReadNext();  // there is to be none
   return absl::OkStatus();
+}
+
+absl::Status PrefillCall::OnMessage(const grpc::ByteBuffer& /*message*/) {
+  return MakeError(absl::StatusCode::kInvalidArgument, ErrorReason::kMalformedRequest,
+                   "a second request message: a call runs one prompt");
 }
 
 absl::Status PrefillCall::Parse(const grpc::ByteBuffer& message, v1::PrefillRequest* request) {
   HEADSTART_RETURN_IF_ERROR(CheckPeer(context(), service().options->tls));
   HEADSTART_RETURN_IF_ERROR(ParseMessage(message, request));
+  if (message.Length() == 0) {
+    return MakeError(absl::StatusCode::kInvalidArgument, ErrorReason::kInvalidField,
+                     "token_ids is empty, as is the whole message: that is what gRPC makes of one "
+                     "whose compressed flag is neither 0 nor 1");
+  }
   HEADSTART_ASSIGN_OR_RETURN(record_.request_id, ChooseRequestId(request->request_id(), context()));
   context().AddInitialMetadata("x-request-id", record_.request_id);
   const absl::Status known = CheckModelName(request->model(), service().model_name);
@@ -72,13 +85,13 @@ void PrefillCall::SendAccepted(const v1::PrefillRequest& request, const Submissi
 }
 
 void PrefillCall::OnComputeStart() {
-  record_.queue = absl::Now() - record_.accepted_at;
+  record_.queue = Instant::Now() - record_.accepted_at;
   service().metrics->RecordComputeStart(*record_.queue);
 }
 
 void PrefillCall::Settle(const absl::Status& status) {
   record_.sent = sender().record();
-  record_.ended_at = absl::Now();
+  record_.ended_at = Instant::Now();
   // Detached KV that was computed stays for those who fetch it.
   const bool keep = record_.detached && record_.sent.result != nullptr;
   if (engine_ != nullptr && !keep) {

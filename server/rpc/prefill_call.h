@@ -12,6 +12,7 @@ class PrefillCall final : public KvCall {
 
  private:
   absl::Status Begin(const grpc::ByteBuffer& message) override;
+  absl::Status OnMessage(const grpc::ByteBuffer& message) override;
   absl::Status Parse(const grpc::ByteBuffer& message, v1::PrefillRequest* request);
   void SendAccepted(const v1::PrefillRequest& request, const Submission& submission);
   void OnComputeStart() override;

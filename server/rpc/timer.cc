@@ -1,6 +1,6 @@
 #include "server/rpc/timer.h"
 
-#include "absl/time/clock.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 
@@ -15,7 +15,7 @@ Timer::~Timer() {
   thread_.join();
 }
 
-Timer::Id Timer::Schedule(absl::Time when, std::function<void()> fn) {
+Timer::Id Timer::Schedule(Instant when, std::function<void()> fn) {
   MutexLock lock(&mutex_);
   const Id id = ++last_id_;
   entries_.emplace(std::make_pair(when, id), std::move(fn));
@@ -41,13 +41,13 @@ void Timer::Cancel(Id id) {
 void Timer::Loop() {
   MutexLock lock(&mutex_);
   while (!stopped_) {
-    const absl::Time next = RunDue();
-    if (!stopped_ && next > absl::Now()) changed_.WaitUntil(&mutex_, next);
+    const Instant next = RunDue();
+    if (!stopped_ && next > Instant::Now()) changed_.WaitUntil(&mutex_, next);
   }
 }
 
-absl::Time Timer::RunDue() {
-  while (!stopped_ && !entries_.empty() && entries_.begin()->first.first <= absl::Now()) {
+Instant Timer::RunDue() {
+  while (!stopped_ && !entries_.empty() && entries_.begin()->first.first <= Instant::Now()) {
     auto node = entries_.extract(entries_.begin());
     running_ = node.key().second;
     times_.erase(running_);
@@ -58,7 +58,7 @@ absl::Time Timer::RunDue() {
     running_ = kNone;
     finished_.SignalAll();
   }
-  return entries_.empty() ? absl::InfiniteFuture() : entries_.begin()->first.first;
+  return entries_.empty() ? Instant::InfiniteFuture() : entries_.begin()->first.first;
 }
 
 }  // namespace headstart

@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/time/time.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/mutex.h"
 
 namespace headstart {
@@ -26,8 +26,8 @@ class Timer {
   Timer(const Timer&) = delete;
   Timer& operator=(const Timer&) = delete;
 
-  // Runs `fn` once, at `when` or soon after. Never with absl::InfiniteFuture().
-  Id Schedule(absl::Time when, std::function<void()> fn);
+  // Runs `fn` once, at `when` or soon after. Never with Instant::InfiniteFuture().
+  Id Schedule(Instant when, std::function<void()> fn);
 
   // When this returns, the function has returned or will never run: what it uses may go. Called on
   // the timer's own thread it does not wait for the function that is running there.
@@ -36,11 +36,11 @@ class Timer {
  private:
   void Loop();
   // Runs what is due; returns when the next one is.
-  absl::Time RunDue() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  Instant RunDue() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   Mutex mutex_;
-  std::map<std::pair<absl::Time, Id>, std::function<void()>> entries_ ABSL_GUARDED_BY(mutex_);
-  std::map<Id, absl::Time> times_ ABSL_GUARDED_BY(mutex_);
+  std::map<std::pair<Instant, Id>, std::function<void()>> entries_ ABSL_GUARDED_BY(mutex_);
+  std::map<Id, Instant> times_ ABSL_GUARDED_BY(mutex_);
   Id last_id_ ABSL_GUARDED_BY(mutex_) = kNone;
   Id running_ ABSL_GUARDED_BY(mutex_) = kNone;
   bool stopped_ ABSL_GUARDED_BY(mutex_) = false;

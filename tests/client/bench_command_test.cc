@@ -13,9 +13,10 @@
 #include <vector>
 
 #include "absl/strings/str_split.h"
-#include "absl/time/clock.h"
 #include "absl/types/span.h"
 #include "client/checksum.h"
+#include "kernels/base/instant.h"
+#include "proto/grpc_time.h"
 #include "tests/client/commands_fixture.h"
 
 namespace headstart {
@@ -263,7 +264,7 @@ TEST_F(BenchCommandTest, BenchDrawsOneMeasurementOnly) {
 TEST_F(BenchCommandTest, BenchGivesEveryRequestItsDeadline) {
   absl::Duration left;
   Serve([&](int, grpc::ServerContext& context, PrefillWriter&) {
-    left = absl::FromChrono(context.deadline()) - absl::Now();
+    left = FromGrpcTime(context.raw_deadline()) - Instant::Now();
     return RichStatus(grpc::StatusCode::DEADLINE_EXCEEDED, "DEADLINE_UNREACHABLE");
   });
   EXPECT_EQ(

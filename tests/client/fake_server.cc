@@ -1,6 +1,5 @@
 #include "tests/client/fake_server.h"
 
-#include <chrono>
 #include <utility>
 
 #include "google/rpc/error_details.pb.h"
@@ -8,6 +7,7 @@
 #include "grpcpp/health_check_service_interface.h"
 #include "grpcpp/security/server_credentials.h"
 #include "grpcpp/server_builder.h"
+#include "proto/grpc_time.h"
 
 namespace headstart::testing {
 
@@ -22,7 +22,7 @@ FakeServer::FakeServer(Handler handler, FetchHandler fetch_handler)
   SetServing(true);
 }
 
-FakeServer::~FakeServer() { server_->Shutdown(std::chrono::system_clock::now()); }
+FakeServer::~FakeServer() { server_->Shutdown(Instant::Now()); }
 
 void FakeServer::SetServing(bool serving) {
   server_->GetHealthCheckService()->SetServingStatus("headstart.v1.PrefillService", serving);

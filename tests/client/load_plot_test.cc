@@ -24,7 +24,7 @@ BenchCell CellOf(int64_t num_ok, int64_t num_refused) {
   BenchCell cell;
   cell.preset = "<b>&";
   cell.tokens = "mix";
-  cell.result.start = absl::FromUnixSeconds(5);
+  cell.result.start = Instant() + absl::Seconds(5);
   cell.result.wall = absl::Seconds(10);
   for (int64_t i = 0; i < num_ok + num_refused; ++i) {
     LoadSample& sample = cell.result.samples.emplace_back();

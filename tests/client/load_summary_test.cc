@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "kernels/base/instant.h"
+
 namespace headstart {
 namespace {
 
@@ -13,7 +15,7 @@ using ::testing::_;
 using ::testing::ElementsAre;
 using ::testing::Pair;
 
-const absl::Time kStart = absl::FromUnixSeconds(1000);
+const Instant kStart = Instant() + absl::Seconds(1000);
 
 // A prompt that went well, so many ms from its plan to accepted, first token, all KV.
 LoadSample Good(int64_t tokens, int accepted_ms, int token_ms, int kv_ms) {

@@ -10,6 +10,7 @@
 
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 namespace {
@@ -79,11 +80,11 @@ TEST(LoadTest, OpenLoopCountsTheWaitForAFreeWorker) {
   LoadOptions options;
   options.arrivals = {absl::ZeroDuration(), absl::Milliseconds(1), absl::Milliseconds(2)};
   options.max_outstanding = 1;
-  absl::Time first_end;
+  Instant first_end;
   const LoadResult result = RunLoad(options, Sending([&](int64_t index, int, LoadSample*) {
                                       if (index > 0) return;
                                       absl::SleepFor(absl::Milliseconds(20));  // the work itself
-                                      first_end = absl::Now();
+                                      first_end = Instant::Now();
                                     }));
   ASSERT_EQ(result.samples.size(), 3);
   for (int64_t i = 0; i < 3; ++i)
@@ -96,10 +97,10 @@ TEST(LoadTest, OpenLoopStartsItsClockWhenRequestsAreReady) {
   LoadOptions options;
   options.arrivals.assign(8, absl::ZeroDuration());
   absl::Mutex mutex;
-  absl::Time last_ready = absl::InfinitePast();
+  Instant last_ready = Instant::InfinitePast();
   const LoadResult result = RunLoad(options, [&](int64_t, int) -> SendRequest {
     absl::MutexLock lock(&mutex);
-    last_ready = absl::Now();
+    last_ready = Instant::Now();
     return [](LoadSample*) {};
   });
   EXPECT_GE(result.start, last_ready);

@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "absl/synchronization/notification.h"
-#include "absl/time/clock.h"
 #include "client/grpc_status.h"
 #include "google/protobuf/util/message_differencer.h"
+#include "kernels/base/instant.h"
 #include "tests/client/fake_server.h"
 #include "tests/client/kv_stream.h"
 #include "tests/testing/status_matchers.h"
@@ -78,8 +78,9 @@ TEST_F(PrefillClientTest, ReceivesTheKvAndTheFirstToken) {
   EXPECT_EQ(outcome.completed.first_token().id(), 42);
   EXPECT_EQ(outcome.accepted.request_id(), "r-1");
   EXPECT_EQ(outcome.attempts, 1);
-  EXPECT_TRUE(
-      google::protobuf::util::MessageDifferencer::Equals(server_->last_request(), request_));
+  v1::PrefillRequest sent = server_->last_request();
+  sent.clear_attempt_key();
+  EXPECT_TRUE(google::protobuf::util::MessageDifferencer::Equals(sent, request_));
   EXPECT_GT(outcome.timing.accepted, absl::ZeroDuration());
   EXPECT_LE(outcome.timing.accepted, outcome.timing.manifest);
   EXPECT_LE(outcome.timing.manifest, outcome.timing.first_chunk);
@@ -145,6 +146,21 @@ TEST_F(PrefillClientTest, RetriesUnavailableBeforeTheFirstChunk) {
   }
 }
 
+// By which the server knows an attempt that it has not missed yet from another request.
+TEST_F(PrefillClientTest, AttemptsOfOneCallHaveAKeyInCommon) {
+  ServeAfterFailures(1, 0, kUnavailable);
+  ASSERT_OK(Prefill());
+  ASSERT_OK(Prefill());
+  const std::string key = server_->request(1).attempt_key();
+  EXPECT_EQ(key.size(), 16u);
+  EXPECT_EQ(server_->request(2).attempt_key(), key);
+  EXPECT_EQ(server_->request(3).attempt_key().size(), 16u);
+  EXPECT_NE(server_->request(3).attempt_key(), key) << "another call";
+  request_.set_attempt_key("the caller's own");
+  ASSERT_OK(Prefill());
+  EXPECT_EQ(server_->last_request().attempt_key(), "the caller's own");
+}
+
 TEST_F(PrefillClientTest, GivesUpAfterMaxAttempts) {
   ServeAfterFailures(100, 0, kUnavailable);
   EXPECT_THAT(Prefill(), StatusIs(absl::StatusCode::kUnavailable, HasSubstr("not now")));
@@ -188,9 +204,9 @@ TEST_F(PrefillClientTest, RetriesAFullQueueWhereWanted) {
 TEST_F(PrefillClientTest, WaitsAsLongAsTheServerSays) {
   ServeAfterFailures(
       1, 0, RichStatus(grpc::StatusCode::UNAVAILABLE, "DRAINING", absl::Milliseconds(300)));
-  const absl::Time start = absl::Now();
+  const Instant start = Instant::Now();
   EXPECT_OK(Prefill());
-  EXPECT_GE(absl::Now() - start, absl::Milliseconds(300));
+  EXPECT_GE(Instant::Now() - start, absl::Milliseconds(300));
 }
 
 TEST_F(PrefillClientTest, TellsOfEveryPause) {

@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "absl/time/clock.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/nonfinite.h"
 #include "tests/engine/engine_fixture.h"
 #include "tests/testing/notification.h"
@@ -109,13 +109,13 @@ TEST_P(EndedInALayerTest, ACancelIsSeenBeforeTheNextLayer) {
 }
 
 TEST_P(EndedInALayerTest, ADeadlineIsSeenBeforeTheNextLayer) {
-  job_.deadline = absl::Now() + absl::Milliseconds(300);
+  job_.deadline = Instant::Now() + absl::Milliseconds(300);
   KvCollector kv;
   // Holds the layer until everyone was told that the deadline has passed.
   EXPECT_THAT(RunHeld(
                   [&] {
                     while (test_.engine->load().inflight_requests > 0 &&
-                           absl::Now() < job_.deadline + absl::Milliseconds(50)) {
+                           Instant::Now() < job_.deadline + absl::Milliseconds(50)) {
                       std::this_thread::yield();
                     }
                   },
@@ -174,7 +174,7 @@ TEST_P(EngineFaultsAtLayerTest, NanInTheKvIsNamedWithItsLayer) {
 TEST_F(EngineFaultsTest, APromptThatIsTooLateDoesNotStart) {
   const int64_t embeds = test_.backend->CountCalls("Embed");
   KvCollector sink;
-  job_.deadline = absl::Now() - absl::Seconds(1);
+  job_.deadline = Instant::Now() - absl::Seconds(1);
   EXPECT_THAT(sink.Run(*test_.engine, job_), StatusIs(absl::StatusCode::kDeadlineExceeded));
   EXPECT_EQ(test_.backend->CountCalls("Embed"), embeds);
   ExpectRecovered();

@@ -14,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "engine/engine.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/mutex.h"
 #include "tests/engine/schedule/publish.h"
 #include "tests/testing/bell.h"
@@ -128,7 +129,7 @@ class ClientThread {
     request.prefix.cache_root = request.attention.enabled ? "sparse" : "dense";
     request.prefix.any_page = !request.attention.enabled;
     request.skip_tokens = Draw(0, 3) == 0 ? request.num_tokens() / 2 : 0;
-    request.deadline = absl::Now() + absl::Milliseconds(Draw(0, 9) == 0 ? Draw(1, 5) : 10000);
+    request.deadline = Instant::Now() + absl::Milliseconds(Draw(0, 9) == 0 ? Draw(1, 5) : 10000);
     return request;
   }
 
@@ -209,7 +210,7 @@ TEST(EngineThreadsTest, EverythingGoesBackWhateverHappensAtOnce) {
   for (int i = 0; i < kClients; ++i) threads[static_cast<size_t>(i)].join();
   over = true;
   threads.back().join();
-  EXPECT_TRUE(engine->WaitUntilIdle(absl::Now() + absl::Seconds(60)));
+  EXPECT_TRUE(engine->WaitUntilIdle(Instant::Now() + absl::Seconds(60)));
   int64_t computed = 0;
   for (const auto& client : clients) computed += client->computed();
   EXPECT_GT(computed, kClients * kRequestsOfAClient / 4);

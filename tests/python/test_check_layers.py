@@ -39,6 +39,12 @@ def check(root, path, line):
         ("client/kv_receiver.cc", '#include "server/options.h"'),
         ("client/kv_receiver.cc", '#include "engine/engine.h"'),
         ("engine/engine.cc", "#if HEADSTART_ENABLE_CUDA"),
+        ("kernels/base/mutex.h", '#include "proto/grpc_time.h"'),
+        ("engine/engine.cc", "const auto now = absl::Now();"),
+        ("server/rpc/timer.h", "absl::Time when;"),
+        ("server/net/self_check.cc", "std::chrono::system_clock::now()"),
+        ("client/cancel_token.cc", "mutex_.AwaitWithTimeout(cancelled, pause);"),
+        ("client/retry.cc", "srand(time(nullptr));"),
     ],
 )
 def test_names_file_line_and_header(tmp_path, path, line):
@@ -59,6 +65,10 @@ def test_names_file_line_and_header(tmp_path, path, line):
         ("server/program/main.cc", '#include "client/commands/bench_command.h"'),
         ("client/prefill_client.cc", '#include "google/rpc/status.pb.h"'),
         ("engine/engine.cc", '// #include "server/options.h"'),
+        ("client/unary_call.h", '#include "proto/grpc_time.h"'),
+        ("client/retry.cc", "absl::Duration pause = absl::Seconds(1);"),
+        ("client/retry.cc", "const Instant next = Instant::Now() + pause;"),
+        ("server/ops/tracer.cc", "const absl::Time now = absl::Now();"),
     ],
 )
 def test_lets_pass_what_is_allowed(tmp_path, path, line):

@@ -36,6 +36,17 @@ def test_unavailable_before_the_first_chunk_is_tried_again(prefill):
     np.testing.assert_array_equal(result.kv, make_kv())
 
 
+def test_attempts_of_one_call_have_a_key_in_common(make_client):
+    server = FakeServer([UNAVAILABLE], make_stream(), make_stream())
+    with server.running() as target:
+        client = make_client(target)
+        client.prefill(TOKENS, request_id="r1")
+        client.prefill(TOKENS, request_id="r1")
+    first, second, other = (request.attempt_key for request in server.requests)
+    assert len(first) == len(other) == 16
+    assert first == second != other
+
+
 def test_gives_up_after_max_attempts(make_client):
     server = FakeServer([UNAVAILABLE])
     with server.running() as target:

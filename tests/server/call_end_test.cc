@@ -10,6 +10,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/error.h"
+#include "kernels/base/instant.h"
+#include "proto/grpc_time.h"
 #include "tests/server/server_fixture.h"
 #include "tests/testing/notification.h"
 #include "tests/testing/status_matchers.h"
@@ -63,9 +65,8 @@ class MessagelessCall {
 };
 
 auto WithTimeout(absl::Duration timeout) {
-  return [timeout](grpc::ClientContext& context) {
-    context.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
-  };
+  return
+      [timeout](grpc::ClientContext& context) { context.set_deadline(Instant::Now() + timeout); };
 }
 
 // ---- full
@@ -123,6 +124,24 @@ TEST_F(CallEndTest, RefusesAnIdThatIsInFlight) {
   barrier.Open();
   EXPECT_TRUE(first.Finish().status.ok());
   EXPECT_TRUE(Run(request).status.ok());
+}
+
+// A client whose connection broke, where the server has not noticed yet.
+TEST_F(CallEndTest, AnAttemptTakesThePlaceOfTheOneBefore) {
+  Start();
+  Barrier barrier(backend_, "Attention", 0);
+  v1::PrefillRequest request = Prompt(10);
+  request.set_request_id("mine");
+  request.set_attempt_key("random bytes");
+  const auto stub = NewStub();
+  OpenCall first(stub.get(), request);
+  barrier.WaitUntilReached();
+  OpenCall second(stub.get(), request);
+  const CallResult ended = first.Finish();
+  EXPECT_EQ(ended.status.error_code(), grpc::StatusCode::CANCELLED);
+  EXPECT_EQ(ended.reason(), "CLIENT_CANCELLED");
+  barrier.Open();
+  EXPECT_TRUE(second.Finish().status.ok());
 }
 
 // ---- cancel
@@ -234,11 +253,11 @@ TEST_F(CallEndTest, ServersDeadlineInTheQueueIsAnsweredWhileAnotherComputes) {
   const auto stub = NewStub();
   OpenCall running(stub.get(), Prompt(10));
   barrier.WaitUntilReached();
-  const absl::Time began = absl::Now();
+  const Instant began = Instant::Now();
   const CallResult late = Run(Prompt(10));
   EXPECT_EQ(late.status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
   EXPECT_EQ(late.reason(), "DEADLINE_EXCEEDED");
-  EXPECT_LT(absl::Now() - began, absl::Milliseconds(1200));
+  EXPECT_LT(Instant::Now() - began, absl::Milliseconds(1200));
   barrier.Open();
   EXPECT_EQ(running.Finish().status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
 }

@@ -1,7 +1,9 @@
 // Connections that a decent client would not make, and their limits.
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,9 +15,25 @@
 namespace headstart::testing {
 namespace {
 
+using ::testing::HasSubstr;
+
 constexpr char kPrefill[] = "/headstart.v1.PrefillService/Prefill";
 constexpr char kModelInfo[] = "/headstart.v1.PrefillService/GetModelInfo";
 constexpr absl::Duration kPatience = absl::Seconds(10);
+
+// Trailers, which close the call.
+bool IsEnd(const Frame& frame) {
+  return frame.type == FrameType::kHeaders && (frame.flags & kEndStream) != 0;
+}
+
+// The first frame of that kind; none when it does not come.
+std::optional<Frame> ReadUntil(RawHttp2& client, const std::function<bool(const Frame&)>& wanted) {
+  std::optional<Frame> frame;
+  do {
+    frame = client.Read(kPatience);
+  } while (frame && !wanted(*frame));
+  return frame;
+}
 
 class ConnectionTest : public ServerTest {
  protected:
@@ -77,9 +95,7 @@ TEST_F(ConnectionTest, PeerThatAnswersNoPingIsClosedAndItsRequestEnds) {
   frozen.Handshake();
   frozen.OpenCall(1, kPrefill);
   const std::string request = Prompt(5).SerializeAsString();
-  frozen.Send({FrameType::kData, kEndStream, 1,
-               absl::StrCat(std::string(4, '\0'), std::string(1, static_cast<char>(request.size())),
-                            request)});
+  frozen.Send({FrameType::kData, kEndStream, 1, Framed(request)});
   barrier.WaitUntilReached();
   EXPECT_TRUE(frozen.IsClosedWithin(kPatience));
   barrier.Open();
@@ -87,6 +103,41 @@ TEST_F(ConnectionTest, PeerThatAnswersNoPingIsClosedAndItsRequestEnds) {
   EXPECT_EQ(Metric("headstart_requests_total{code=\"CANCELLED\",model=\"tiny\","
                    "reason=\"CLIENT_CANCELLED\"}"),
             1);
+}
+
+// Deadlines that lie beyond what 64 bits of nanoseconds count are far, not past: Go's longest
+// duration, and the longest timeout that a call may name.
+TEST_F(ConnectionTest, TakesTheLongestDeadlines) {
+  Start();
+  for (const char* timeout : {"8760H", "2562047H", "99999999H"}) {
+    RawHttp2 patient(server_->port());
+    patient.Handshake();
+    patient.OpenCall(1, kPrefill, timeout);
+    patient.Send({FrameType::kData, kEndStream, 1, Framed(Prompt(5).SerializeAsString())});
+    const std::optional<Frame> answer = ReadUntil(
+        patient, [](const Frame& frame) { return frame.type == FrameType::kData || IsEnd(frame); });
+    ASSERT_TRUE(answer) << timeout;
+    EXPECT_EQ(answer->type, FrameType::kData) << timeout << ": " << answer->payload;
+  }
+  EXPECT_TRUE(BecomesIdle(absl::Seconds(10))) << WhatIsLeft();
+}
+
+// gRPC hands such a message over as an empty one.
+TEST_F(ConnectionTest, ACompressedFlagThatIsNoneIsAnError) {
+  Start();
+  for (const char flag : {'\x02', '\x07', '\xff'}) {
+    RawHttp2 client(server_->port());
+    client.Handshake();
+    client.OpenCall(1, kPrefill);
+    client.Send({FrameType::kData, kEndStream, 1, Framed(Prompt(5).SerializeAsString(), flag)});
+    const std::optional<Frame> end = ReadUntil(client, IsEnd);
+    ASSERT_TRUE(end);
+    EXPECT_THAT(end->payload, HasSubstr("compressed flag is neither 0 nor 1"));
+  }
+  EXPECT_EQ(Metric("headstart_requests_total{code=\"INVALID_ARGUMENT\",model=\"tiny\","
+                   "reason=\"INVALID_FIELD\"}"),
+            3);
+  ExpectServes();
 }
 
 TEST_F(ConnectionTest, PingFloodEndsTheConnection) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/instant.h"
 #include "tests/server/fetching.h"
 #include "tests/server/raw_call.h"
 #include "tests/testing/status_matchers.h"
@@ -82,8 +83,8 @@ TEST_F(FetchEndTest, RenewalKeepsTheKv) {
   const absl::Duration lease = absl::Milliseconds(500);
   const std::string fetch_id = Compute(WithLease(DetachedPrompt(300), lease));
   EXPECT_EQ(Metric("headstart_kv_leases{model=\"tiny\"}"), 1);
-  const absl::Time end = absl::Now() + 3 * lease;
-  while (absl::Now() < end) {
+  const Instant end = Instant::Now() + 3 * lease;
+  while (Instant::Now() < end) {
     ASSERT_TRUE(Renew(fetch_id).ok());
     absl::SleepFor(lease / 10);
   }

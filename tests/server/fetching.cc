@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/base/instant.h"
+#include "proto/grpc_time.h"
 #include "server/rpc/chunk_frame.h"
 
 namespace headstart::testing {
@@ -116,7 +118,7 @@ std::vector<v1::KvPart> Stripes(uint32_t count) {
 OpenFetch::OpenFetch(v1::PrefillService::Stub* stub, const std::string& fetch_id,
                      const v1::KvPart& part, uint32_t from_chunk)
     : num_chunks_(from_chunk) {
-  context_.set_deadline(absl::ToChronoTime(absl::Now() + kCallLimit));
+  context_.set_deadline(Instant::Now() + kCallLimit);
   stream_ = stub->FetchKv(&context_);
   v1::FetchKvRequest request;
   request.mutable_fetch()->set_fetch_id(fetch_id);

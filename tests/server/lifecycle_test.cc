@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "engine/error.h"
+#include "kernels/base/instant.h"
 #include "tests/testing/status_matchers.h"
 
 namespace headstart {
@@ -67,7 +68,7 @@ TEST_F(LifecycleTest, FailureIsTheEndWhateverComesAfter) {
 }
 
 TEST_F(LifecycleTest, ComputeThatFinishesNoLayerIsStuck) {
-  const absl::Time start = absl::UnixEpoch();
+  const Instant start = Instant();
   life_.Load();
   EXPECT_EQ(life_.WatchCompute(true, 0, start), std::nullopt) << "seen for the first time";
   EXPECT_EQ(life_.WatchCompute(true, 0, start + kStuckAfter), std::nullopt);
@@ -85,8 +86,7 @@ TEST_F(LifecycleTest, ComputeThatFinishesNoLayerIsStuck) {
 TEST_F(LifecycleTest, IdleIsNotStuck) {
   life_.Load();
   for (int minute = 0; minute < 5; ++minute) {
-    EXPECT_EQ(life_.WatchCompute(false, 7, absl::UnixEpoch() + absl::Minutes(minute)),
-              std::nullopt);
+    EXPECT_EQ(life_.WatchCompute(false, 7, Instant() + absl::Minutes(minute)), std::nullopt);
   }
   EXPECT_TRUE(life_.healthy());
 }

@@ -10,6 +10,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 namespace {
@@ -21,7 +22,7 @@ using ::testing::Not;
 class MetricsTest : public ::testing::Test {
  protected:
   MetricsTest() {
-    result_.accepted_at = absl::UnixEpoch();
+    result_.accepted_at = Instant();
     result_.started_at = result_.accepted_at + absl::Seconds(1);
     result_.compute_seconds = 2;
     result_.gave_way_seconds = 1;

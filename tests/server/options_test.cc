@@ -94,6 +94,8 @@ TEST_F(OptionsTest, ReadsFlagsOfEveryKind) {
 TEST_F(OptionsTest, RefusesBadValues) {
   for (const auto& arguments : std::vector<std::vector<std::string>>{{"--drain-timeout", "60"},
                                                                      {"--drain-timeout", "-3s"},
+                                                                     {"--drain-timeout", "inf"},
+                                                                     {"--max-deadline", "87601h"},
                                                                      {"--dtype", "int4"},
                                                                      {"--attention", "sparse"},
                                                                      {"--max-queue-requests", "0"},

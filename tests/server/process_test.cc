@@ -19,6 +19,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "kernels/base/instant.h"
 #include "server/program/exit_code.h"
 #include "server/program/serve_command.h"
 #include "tests/e2e/child_process.h"
@@ -169,11 +170,11 @@ TEST_F(ProcessTest, TakenPortExitsWithFourBeforeTheModelIsTouched) {
          {std::string(flag), taken.address(), other, std::string("127.0.0.1:0")}) {
       arguments.push_back(more);
     }
-    const absl::Time began = absl::Now();
+    const Instant began = Instant::Now();
     const Ended ended = Run(arguments);
     EXPECT_EQ(ended.exit_code, kExitListen) << ended.output;
     EXPECT_THAT(ended.output, HasSubstr(std::to_string(taken.port())));
-    EXPECT_LT(absl::Now() - began, absl::Seconds(1) * HEADSTART_TIME_SCALE);
+    EXPECT_LT(Instant::Now() - began, absl::Seconds(1) * HEADSTART_TIME_SCALE);
   }
 }
 
@@ -263,9 +264,9 @@ TEST_F(ProcessTest, SurvivesExhaustedFileDescriptors) {
     }
     EXPECT_EQ(Http("/healthz"), 200);
     for (const int fd : flood) close(fd);
-    const absl::Time limit = absl::Now() + absl::Seconds(10) * HEADSTART_TIME_SCALE;
+    const Instant limit = Instant::Now() + absl::Seconds(10) * HEADSTART_TIME_SCALE;
     grpc::Status status = Call();
-    while (!status.ok() && absl::Now() < limit) status = Call();
+    while (!status.ok() && Instant::Now() < limit) status = Call();
     EXPECT_TRUE(status.ok()) << "round " << round << ": " << status.error_message();
   }
 }

@@ -3,7 +3,8 @@
 #include <grpcpp/generic/generic_stub.h>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "kernels/base/instant.h"
+#include "proto/grpc_time.h"
 
 namespace headstart::testing {
 namespace {
@@ -13,7 +14,7 @@ class BlockingCall {
  public:
   BlockingCall(const std::shared_ptr<grpc::Channel>& channel, const std::string& method)
       : stub_(channel) {
-    context_.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(30)));
+    context_.set_deadline(Instant::Now() + absl::Seconds(30));
     call_ = stub_.PrepareCall(&context_, method, &queue_);
     call_->StartCall(this);
     Wait();

@@ -9,8 +9,8 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "kernels/base/check.h"
+#include "kernels/base/instant.h"
 
 namespace headstart::testing {
 namespace {
@@ -46,6 +46,11 @@ std::string Encode(const Frame& frame) {
                       BigEndian(frame.stream, 4), frame.payload);
 }
 
+std::string Framed(const std::string& message, char compressed) {
+  return absl::StrCat(std::string(1, compressed),
+                      BigEndian(static_cast<uint32_t>(message.size()), 4), message);
+}
+
 RawHttp2::RawHttp2(int port) : fd_(socket(AF_INET, SOCK_STREAM, 0)) {
   sockaddr_in address = {};
   address.sin_family = AF_INET;
@@ -72,18 +77,19 @@ void RawHttp2::Handshake() {
   Send({FrameType::kSettings, kAck, 0, ""});
 }
 
-void RawHttp2::OpenCall(uint32_t stream, const std::string& path) {
-  const std::string headers =
+void RawHttp2::OpenCall(uint32_t stream, const std::string& path, const std::string& timeout) {
+  std::string headers =
       absl::StrCat(Header(":method", "POST"), Header(":scheme", "http"), Header(":path", path),
                    Header(":authority", "test"), Header("te", "trailers"),
                    Header("content-type", "application/grpc"));
+  if (!timeout.empty()) headers += Header("grpc-timeout", timeout);
   Send({FrameType::kHeaders, kEndHeaders, stream, headers});
 }
 
-bool RawHttp2::Fill(size_t bytes, absl::Time deadline) {
+bool RawHttp2::Fill(size_t bytes, Instant deadline) {
   char buffer[65536];
   while (received_.size() < bytes && !closed_) {
-    const auto left_ms = absl::ToInt64Milliseconds(deadline - absl::Now());
+    const auto left_ms = absl::ToInt64Milliseconds(deadline - Instant::Now());
     pollfd waiting = {fd_, POLLIN, 0};
     if (poll(&waiting, 1, static_cast<int>(std::max<int64_t>(left_ms, 0))) == 0) return false;
     const ssize_t count = read(fd_, buffer, sizeof(buffer));
@@ -94,7 +100,7 @@ bool RawHttp2::Fill(size_t bytes, absl::Time deadline) {
 }
 
 std::optional<Frame> RawHttp2::Read(absl::Duration limit) {
-  const absl::Time deadline = absl::Now() + limit;
+  const Instant deadline = Instant::Now() + limit;
   if (!Fill(kFrameHeaderBytes, deadline)) return std::nullopt;
   Frame header;
   header.payload = received_.substr(0, kFrameHeaderBytes);
@@ -110,8 +116,8 @@ std::optional<Frame> RawHttp2::Read(absl::Duration limit) {
 }
 
 bool RawHttp2::IsClosedWithin(absl::Duration limit) {
-  const absl::Time deadline = absl::Now() + limit;
-  while (!closed_ && absl::Now() < deadline) {
+  const Instant deadline = Instant::Now() + limit;
+  while (!closed_ && Instant::Now() < deadline) {
     Fill(received_.size() + 1, deadline);
   }
   return closed_;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/time/time.h"
+#include "kernels/base/instant.h"
 
 namespace headstart::testing {
 
@@ -37,6 +38,9 @@ struct Frame {
 
 std::string Encode(const Frame& frame);
 
+// A message as gRPC writes it. `compressed`: the byte that says whether it is, 0 or 1.
+std::string Framed(const std::string& message, char compressed = 0);
+
 // One TCP connection to 127.0.0.1.
 class RawHttp2 {
  public:
@@ -51,8 +55,8 @@ class RawHttp2 {
 
   // Client preface, empty SETTINGS, and the acknowledgement of the server's.
   void Handshake();
-  // Opens a call of gRPC on the stream, without a message.
-  void OpenCall(uint32_t stream, const std::string& path);
+  // Opens a call of gRPC on the stream, without a message. `timeout`: as grpc-timeout has it.
+  void OpenCall(uint32_t stream, const std::string& path, const std::string& timeout = "");
 
   // The next frame; none when the connection is closed or nothing comes within `limit`.
   std::optional<Frame> Read(absl::Duration limit);
@@ -61,7 +65,7 @@ class RawHttp2 {
 
  private:
   // False when closed, or at `deadline`.
-  bool Fill(size_t bytes, absl::Time deadline);
+  bool Fill(size_t bytes, Instant deadline);
 
   int fd_;
   std::string received_;

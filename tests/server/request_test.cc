@@ -241,10 +241,13 @@ TEST_F(RequestTest, RefusesBadSampling) {
   ExpectInvalid(request, "sampling.top_k");
 }
 
-TEST_F(RequestTest, RefusesLargeTransferParams) {
+TEST_F(RequestTest, RefusesBytesBeyondTheirLimits) {
   v1::PrefillRequest request = Prompt(3);
   request.set_transfer_params(std::string(4097, 'x'));
   ExpectInvalid(request, "transfer_params");
+  request.clear_transfer_params();
+  request.set_attempt_key(std::string(65, 'x'));
+  ExpectInvalid(request, "attempt_key");
 }
 
 TEST_F(RequestTest, RefusesBadPriorities) {
@@ -329,9 +332,14 @@ TEST_F(RequestTest, CallWithoutAMessageIsAnInvalidArgument) {
   EXPECT_EQ(result.reason(), "MALFORMED_REQUEST");
 }
 
-TEST_F(RequestTest, SecondMessageOfACallIsIgnored) {
+TEST_F(RequestTest, SecondMessageOfACallIsAnInvalidArgument) {
   const std::string request = Prompt(3).SerializeAsString();
-  EXPECT_TRUE(RawCall(NewChannel(), "Prefill", {request, request}).status.ok());
+  Barrier barrier(backend_, "Attention", 0);  // else the call may be over before it comes
+  const CallResult result = RawCall(NewChannel(), "Prefill", {request, request});
+  EXPECT_EQ(result.status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_EQ(result.reason(), "MALFORMED_REQUEST");
+  barrier.Open();
+  EXPECT_TRUE(BecomesIdle(absl::Seconds(10))) << WhatIsLeft();
 }
 
 TEST_F(RequestTest, UnknownMethodIsUnimplemented) {

@@ -11,6 +11,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "google/rpc/status.pb.h"
+#include "kernels/base/instant.h"
+#include "proto/grpc_time.h"
 #include "server/ops/logging.h"
 #include "server/rpc/chunk_frame.h"
 #include "tests/testing/status_matchers.h"
@@ -195,7 +197,7 @@ void Barrier::Open() {
 
 OpenCall::OpenCall(v1::PrefillService::Stub* stub, const v1::PrefillRequest& request,
                    const std::function<void(grpc::ClientContext&)>& prepare) {
-  context_.set_deadline(absl::ToChronoTime(absl::Now() + kCallLimit));
+  context_.set_deadline(Instant::Now() + kCallLimit);
   if (prepare) prepare(context_);
   reader_ = stub->Prefill(&context_, request);
 }

@@ -10,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "kernels/base/instant.h"
 
 namespace headstart {
 namespace {
@@ -26,7 +27,7 @@ struct Collector {
   bool cancelled ABSL_GUARDED_BY(mutex) = false;
   std::vector<absl::StatusOr<int64_t>> answers ABSL_GUARDED_BY(mutex);  // then: OK
   std::vector<TraceExport> batches ABSL_GUARDED_BY(mutex);
-  std::vector<absl::Time> deadlines ABSL_GUARDED_BY(mutex);
+  std::vector<Instant> deadlines ABSL_GUARDED_BY(mutex);
 
   void SetOpen(bool is_open) {
     MutexLock lock(&mutex);
@@ -51,7 +52,7 @@ class FakeSink final : public SpanSink {
  public:
   explicit FakeSink(Collector* collector) : c_(*collector) {}
 
-  absl::StatusOr<int64_t> Send(const TraceExport& spans, absl::Time deadline) override {
+  absl::StatusOr<int64_t> Send(const TraceExport& spans, Instant deadline) override {
     MutexLock lock(&c_.mutex);
     c_.batches.push_back(spans);
     c_.deadlines.push_back(deadline);
@@ -88,9 +89,9 @@ class SpanExporterTest : public ::testing::Test {
   }
   // Everything that was pushed has ended as one or the other.
   void WaitUntilAccounted(int64_t exported, int64_t dropped) const {
-    const absl::Time end = absl::Now() + absl::Seconds(20);
+    const Instant end = Instant::Now() + absl::Seconds(20);
     while ((exporter_->exported() != exported || exporter_->dropped() != dropped) &&
-           absl::Now() < end) {
+           Instant::Now() < end) {
       absl::SleepFor(absl::Milliseconds(1));
     }
     EXPECT_EQ(exporter_->exported(), exported);
@@ -175,12 +176,12 @@ TEST_F(SpanExporterTest, EveryTryHasADeadline) {
   options_.batch = 1;
   options_.send_timeout = absl::Seconds(7);
   Start();
-  const absl::Time before = absl::Now();
+  const Instant before = Instant::Now();
   Push(1);
   WaitUntilAccounted(1, 0);
   MutexLock lock(&collector_.mutex);
   EXPECT_GE(collector_.deadlines[0], before + absl::Seconds(7));
-  EXPECT_LE(collector_.deadlines[0], absl::Now() + absl::Seconds(7));
+  EXPECT_LE(collector_.deadlines[0], Instant::Now() + absl::Seconds(7));
 }
 
 TEST_F(SpanExporterTest, EndsAlthoughTheCollectorHangs) {

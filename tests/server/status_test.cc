@@ -8,6 +8,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/instant.h"
 #include "server/ops/recent_prompts.h"
 #include "server/ops/status_report.h"
 #include "tests/server/server_fixture.h"
@@ -26,17 +27,17 @@ CallRecord Ended(const std::string& id) {
   CallRecord record;
   record.request_id = id;
   record.accepted = true;
-  record.accepted_at = absl::UnixEpoch();
-  record.ended_at = absl::UnixEpoch() + absl::Seconds(10);
+  record.accepted_at = Instant();
+  record.ended_at = Instant() + absl::Seconds(10);
   return record;
 }
 
 CallRecord Computed(const std::string& id) {
   CallRecord record = Ended(id);
   PrefillResult result;
-  result.accepted_at = absl::UnixEpoch();
-  result.started_at = absl::UnixEpoch() + absl::Seconds(1);
-  result.computed_at = absl::UnixEpoch() + absl::Seconds(9);
+  result.accepted_at = Instant();
+  result.started_at = Instant() + absl::Seconds(1);
+  result.computed_at = Instant() + absl::Seconds(9);
   result.selection_seconds = 1;
   result.attention_seconds = 2;
   result.compute_seconds = 4;
@@ -88,13 +89,13 @@ TEST(StatusJsonTest, SaysWhatTheReportSays) {
   prompts.Add(Computed("sparse"), absl::OkStatus());
   prompts.Add(Ended("gone"), absl::CancelledError("the client went"));
   StatusReport report;
-  report.now = absl::UnixEpoch() + absl::Seconds(12);
+  report.now = Instant() + absl::Seconds(12);
   report.model = "m\xff\"<script>";  // a folder may have any name
   report.requests.push_back({.request_id = "r",
                              .num_tokens = 7,
                              .priority = -1,
                              .position = 5,
-                             .accepted_at = absl::UnixEpoch() + absl::Seconds(2),
+                             .accepted_at = Instant() + absl::Seconds(2),
                              .state = RequestState::kPaused});
   report.prompts = prompts.Get();
   const json got = json::parse(StatusJson(report));

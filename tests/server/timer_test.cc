@@ -6,7 +6,7 @@
 #include <thread>
 #include <vector>
 
-#include "absl/time/clock.h"
+#include "kernels/base/instant.h"
 #include "tests/testing/notification.h"
 
 namespace headstart {
@@ -16,7 +16,7 @@ TEST(TimerTest, RunsInOrderOfTimeNotOfScheduling) {
   Timer timer;
   std::vector<int> order;
   testing::Notification done;
-  const absl::Time now = absl::Now();
+  const Instant now = Instant::Now();
   timer.Schedule(now + absl::Milliseconds(40), [&] {
     order.push_back(2);
     done.Notify();
@@ -29,10 +29,10 @@ TEST(TimerTest, RunsInOrderOfTimeNotOfScheduling) {
 TEST(TimerTest, NeverRunsBeforeItsTime) {
   Timer timer;
   testing::Notification done;
-  const absl::Time when = absl::Now() + absl::Milliseconds(30);
-  absl::Time ran;
+  const Instant when = Instant::Now() + absl::Milliseconds(30);
+  Instant ran;
   timer.Schedule(when, [&] {
-    ran = absl::Now();
+    ran = Instant::Now();
     done.Notify();
   });
   done.WaitForNotification();
@@ -43,7 +43,7 @@ TEST(TimerTest, CancelledFunctionNeverRuns) {
   std::atomic<bool> ran = false;
   testing::Notification later;
   Timer timer;
-  const absl::Time now = absl::Now();
+  const Instant now = Instant::Now();
   const Timer::Id id = timer.Schedule(now + absl::Milliseconds(20), [&] { ran = true; });
   timer.Cancel(id);
   timer.Schedule(now + absl::Milliseconds(30), [&] { later.Notify(); });
@@ -55,7 +55,7 @@ TEST(TimerTest, CancelWaitsForTheFunctionThatRuns) {
   Timer timer;
   testing::Notification running, go_on;
   std::atomic<bool> returned = false;
-  const Timer::Id id = timer.Schedule(absl::Now(), [&] {
+  const Timer::Id id = timer.Schedule(Instant::Now(), [&] {
     running.Notify();
     go_on.WaitForNotification();
     returned = true;
@@ -73,7 +73,7 @@ TEST(TimerTest, FunctionMayCancelItself) {
   Timer timer;
   testing::Notification scheduled, done;
   Timer::Id id = Timer::kNone;
-  id = timer.Schedule(absl::Now(), [&] {
+  id = timer.Schedule(Instant::Now(), [&] {
     scheduled.WaitForNotification();
     timer.Cancel(id);
     done.Notify();
@@ -92,7 +92,7 @@ TEST(TimerTest, PendingFunctionsDieWithTheTimer) {
   std::atomic<bool> ran = false;
   {
     Timer timer;
-    timer.Schedule(absl::InfiniteFuture(), [&] { ran = true; });
+    timer.Schedule(Instant::InfiniteFuture(), [&] { ran = true; });
   }
   EXPECT_FALSE(ran);
 }

@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "kernels/base/instant.h"
 #include "tests/server/certificates.h"
 #include "tests/server/fetching.h"
 #include "tests/server/server_fixture.h"
@@ -180,9 +181,9 @@ TEST_F(TlsTest, TakesANewCertificateWhileOldStreamsLive) {
   EXPECT_EQ(RunOn(Trusting(other_authority_)).status.error_code(), grpc::StatusCode::UNAVAILABLE);
   Replace(server_identity_, MakeIdentity(dir_.path(), "next", other_authority_, "IP:127.0.0.1"));
   barrier.Open();
-  const absl::Time limit = absl::Now() + absl::Seconds(20);
+  const Instant limit = Instant::Now() + absl::Seconds(20);
   CallResult result = RunOn(Trusting(other_authority_));
-  while (!result.status.ok() && absl::Now() < limit) result = RunOn(Trusting(other_authority_));
+  while (!result.status.ok() && Instant::Now() < limit) result = RunOn(Trusting(other_authority_));
   EXPECT_TRUE(result.status.ok()) << result.status.error_message();
   EXPECT_EQ(RunOn(Trusting(authority_)).status.error_code(), grpc::StatusCode::UNAVAILABLE);
   EXPECT_TRUE(old_stream.Finish().status.ok());

@@ -12,6 +12,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/error.h"
+#include "kernels/base/instant.h"
 #include "server/ops/call_spans.h"
 
 namespace headstart {
@@ -23,7 +24,7 @@ using ::testing::Not;
 
 class NoSink final : public SpanSink {
  public:
-  absl::StatusOr<int64_t> Send(const TraceExport&, absl::Time) override { return 0; }
+  absl::StatusOr<int64_t> Send(const TraceExport&, Instant) override { return 0; }
   void Cancel() override {}
 };
 
@@ -120,7 +121,9 @@ TEST_F(TracerTest, ForgetsOldFetchIds) {
 
 // ---- what spans say
 
-absl::Time At(double seconds) { return absl::UnixEpoch() + absl::Seconds(seconds); }
+Instant At(double seconds) { return Instant() + absl::Seconds(seconds); }
+// The wall clock at At(12).
+const absl::Time kEnded = absl::UnixEpoch() + absl::Seconds(1012);
 
 CallRecord Prefilled() {
   CallRecord record;
@@ -162,7 +165,7 @@ std::string Attribute(const TraceSpan& span, const std::string& key) {
 
 TEST(CallSpansTest, APromptFallsIntoItsParts) {
   const CallRecord record = Prefilled();
-  const std::vector<TraceSpan> spans = SpansOf(record, absl::OkStatus());
+  const std::vector<TraceSpan> spans = SpansOf(record, absl::OkStatus(), kEnded);
   ASSERT_THAT(Names(spans),
               ElementsAre("Prefill", "queue", "piece", "piece", "gave way", "piece", "copy out"));
   const TraceSpan& call = spans[0];
@@ -170,10 +173,10 @@ TEST(CallSpansTest, APromptFallsIntoItsParts) {
   EXPECT_EQ(call.trace_id(), record.trace.span.trace_id);
   EXPECT_EQ(call.span_id(), record.trace.span.span_id);
   EXPECT_EQ(call.parent_span_id(), record.trace.parent_id);
-  EXPECT_EQ(call.start_time_unix_nano(), 1'000'000'000u);
-  EXPECT_EQ(call.end_time_unix_nano(), 12'000'000'000u);
+  EXPECT_EQ(call.start_time_unix_nano(), 1'001'000'000'000u);
+  EXPECT_EQ(call.end_time_unix_nano(), 1'012'000'000'000u);
   EXPECT_EQ(call.events(0).name(), "accepted");
-  EXPECT_EQ(call.events(0).time_unix_nano(), 2'000'000'000u);
+  EXPECT_EQ(call.events(0).time_unix_nano(), 1'002'000'000'000u);
   EXPECT_EQ(call.events(1).name(), "computed");
   EXPECT_EQ(Attribute(call, "headstart.prompt_tokens"), "int_value: 1000");
   EXPECT_EQ(Attribute(call, "headstart.kv_bytes"), "int_value: 99");
@@ -189,19 +192,21 @@ TEST(CallSpansTest, APromptFallsIntoItsParts) {
   EXPECT_EQ(Attribute(spans[3], "headstart.first_position"), "int_value: 128");
   EXPECT_EQ(Attribute(spans[3], "headstart.tokens"), "int_value: 512");
   EXPECT_EQ(Attribute(spans[3], "headstart.source"), "string_value: \"computed\"");
-  EXPECT_EQ(spans[4].start_time_unix_nano(), 5'000'000'000u);
-  EXPECT_EQ(spans[4].end_time_unix_nano(), 8'000'000'000u);
-  EXPECT_EQ(spans[6].start_time_unix_nano(), 5'000'000'000u);
+  EXPECT_EQ(spans[4].start_time_unix_nano(), 1'005'000'000'000u);
+  EXPECT_EQ(spans[4].end_time_unix_nano(), 1'008'000'000'000u);
+  EXPECT_EQ(spans[6].start_time_unix_nano(), 1'005'000'000'000u);
 }
 
 TEST(CallSpansTest, ErrorsBringTheirReasonButNoMessage) {
   CallRecord record = Prefilled();
   record.sent = {};
   const std::vector<TraceSpan> spans =
-      SpansOf(record, MakeError(absl::StatusCode::kDeadlineExceeded, ErrorReason::kDeadlineExceeded,
-                                "token_ids[3]=77 secret"));
+      SpansOf(record,
+              MakeError(absl::StatusCode::kDeadlineExceeded, ErrorReason::kDeadlineExceeded,
+                        "token_ids[3]=77 secret"),
+              kEnded);
   EXPECT_THAT(Names(spans), ElementsAre("Prefill", "queue"));  // in which it ended
-  EXPECT_EQ(spans[1].end_time_unix_nano(), 12'000'000'000u);
+  EXPECT_EQ(spans[1].end_time_unix_nano(), 1'012'000'000'000u);
   EXPECT_EQ(spans[0].status().code(), opentelemetry::proto::trace::v1::Status::STATUS_CODE_ERROR);
   EXPECT_EQ(Attribute(spans[0], "headstart.reason"), "string_value: \"DEADLINE_EXCEEDED\"");
   EXPECT_EQ(Attribute(spans[0], "rpc.grpc.status_code"), "int_value: 4");
@@ -213,7 +218,8 @@ TEST(CallSpansTest, ARefusedCallIsOneSpan) {
   record.trace.span = {NewTraceId(), NewSpanId(), true};
   record.came_at = At(1);
   record.ended_at = At(1.5);
-  EXPECT_THAT(Names(SpansOf(record, absl::InvalidArgumentError("no"))), ElementsAre("Prefill"));
+  EXPECT_THAT(Names(SpansOf(record, absl::InvalidArgumentError("no"), kEnded)),
+              ElementsAre("Prefill"));
 }
 
 TEST(CallSpansTest, PiecesHaveALimit) {
@@ -221,7 +227,7 @@ TEST(CallSpansTest, PiecesHaveALimit) {
   PrefillResult result = *record.sent.result;
   result.pieces.assign(10'000, {0, 128, false, At(3), At(3)});
   record.sent.result = std::make_shared<PrefillResult>(result);
-  const std::vector<TraceSpan> spans = SpansOf(record, absl::OkStatus());
+  const std::vector<TraceSpan> spans = SpansOf(record, absl::OkStatus(), kEnded);
   EXPECT_EQ(spans.size(), 3 + kMaxPieceSpans);
   EXPECT_EQ(Attribute(spans[0], "headstart.pieces"), "int_value: 10000");
 }
@@ -240,7 +246,7 @@ TEST(CallSpansTest, AFetchSaysWhichPartItWas) {
   record.sent.chunks = 1;
   record.sent.kv_bytes = 9;
   record.sent.first_chunk_at = record.sent.last_chunk_at = At(3);
-  const std::vector<TraceSpan> spans = SpansOf(record, absl::OkStatus());
+  const std::vector<TraceSpan> spans = SpansOf(record, absl::OkStatus(), kEnded);
   ASSERT_THAT(Names(spans), ElementsAre("FetchKv", "copy out"));
   EXPECT_EQ(spans[0].links(0).trace_id(), record.trace.link->trace_id);
   EXPECT_EQ(spans[0].links(0).span_id(), record.trace.link->span_id);

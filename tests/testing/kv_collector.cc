@@ -5,8 +5,8 @@
 #include <utility>
 #include <variant>
 
-#include "absl/time/clock.h"
 #include "kernels/base/check.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
 
 namespace headstart::testing {
@@ -52,7 +52,7 @@ absl::StatusOr<PrefillResult> Drain(
     if (const auto* chunk = std::get_if<ShipmentReader::Chunk>(&event)) {
       if (on_chunk) on_chunk(*chunk);
     } else if (std::holds_alternative<ShipmentReader::Waiting>(event)) {
-      woken.WaitBeyond(seen, absl::InfiniteFuture());
+      woken.WaitBeyond(seen, Instant::InfiniteFuture());
     }
   } while (!std::holds_alternative<ShipmentReader::Ended>(event));
   reader.WakeWith(nullptr);  // it is woken once more when the shipment is closed
@@ -71,7 +71,7 @@ absl::StatusOr<PrefillResult> KvCollector::Run(Engine& engine, PrefillRequest re
   });
   submission.reader.reset();
   engine.End(submission.key, absl::CancelledError("collected"));
-  HEADSTART_CHECK(engine.WaitUntilIdle(absl::Now() + absl::Seconds(60)));
+  HEADSTART_CHECK(engine.WaitUntilIdle(Instant::Now() + absl::Seconds(60)));
   return result;
 }
 

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/status_macros.h"
 #include "tests/testing/kv_collector.h"
 
@@ -64,9 +65,9 @@ std::string TestServer::WhatIsLeft() const {
 }
 
 bool ComesTrue(const std::function<bool()>& condition, absl::Duration limit) {
-  const absl::Time end = absl::Now() + limit;
+  const Instant end = Instant::Now() + limit;
   while (!condition()) {
-    if (absl::Now() > end) return false;
+    if (Instant::Now() > end) return false;
     absl::SleepFor(absl::Milliseconds(1));
   }
   return true;

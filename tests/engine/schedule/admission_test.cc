@@ -84,13 +84,57 @@ TEST_F(AdmissionTest, RefusesAnIdThatIsInFlight) {
   EXPECT_OK(Add(Request("a", 1)));
 }
 
-TEST_F(AdmissionTest, IdStaysInFlightUntilTheStepOfACancelledRequestEnds) {
+TEST_F(AdmissionTest, IdIsFreeAsSoonAsItsRequestHasEnded) {
   const Admitted first = MustAdd(Request("a", 1));
   const std::optional<Step> step = scheduler_->Next(now_);
   scheduler_->End(first.key, absl::CancelledError("gone"));
-  EXPECT_THAT(Add(Request("a", 1)), StatusIs(absl::StatusCode::kAlreadyExists));
+  EXPECT_OK(Add(Request("a", 1))) << "though the step of the first one still runs";
   Fail(*step, CancelledBefore(1));
-  EXPECT_OK(Add(Request("a", 1)));
+  EXPECT_THAT(Add(Request("a", 1)), StatusIs(absl::StatusCode::kAlreadyExists))
+      << "the end of the first one's step is not the end of the second";
+}
+
+class AttemptTest : public AdmissionTest {
+ protected:
+  static PrefillRequest Attempt(const std::string& key, int64_t num_tokens = 1) {
+    PrefillRequest request = Request("a", num_tokens);
+    request.attempt_key = key;
+    return request;
+  }
+};
+
+TEST_F(AttemptTest, TakesThePlaceOfTheOneBefore) {
+  for (const bool runs : {false, true}) {
+    const Admitted first = MustAdd(Attempt("key"));
+    std::optional<Step> step;
+    if (runs) step = scheduler_->Next(now_);
+    ASSERT_OK_AND_ASSIGN(const auto reader, first.shipment->Open(std::nullopt, 0));
+    const Admitted second = MustAdd(Attempt("key"));
+    const auto event = reader->Next();
+    EXPECT_THAT(std::get<ShipmentReader::Ended>(event).status,
+                StatusIs(absl::StatusCode::kCancelled, HasSubstr("later attempt")));
+    EXPECT_EQ(scheduler_->Requests(10).size(), 1u);
+    if (runs) Fail(*step, CancelledBefore(1));
+    EXPECT_EQ(RunAll(), std::vector<uint64_t>{second.key});
+    scheduler_->End(second.key, absl::CancelledError("shipped"));
+    EXPECT_EQ(scheduler_->load().inflight_requests, 0);
+  }
+}
+
+TEST_F(AttemptTest, TakesItsRoomInTheQueue) {
+  MustAdd(Attempt("key", 900));
+  EXPECT_OK(Add(Attempt("key", 900)));
+}
+
+TEST_F(AttemptTest, AnotherCallsIsRefused) {
+  const Admitted first = MustAdd(Attempt("key"));
+  for (const char* key : {"other", ""}) {
+    EXPECT_EQ(ReasonOf(Add(Attempt(key)).status()), ErrorReason::kDuplicateRequestId) << key;
+  }
+  scheduler_->End(first.key, absl::CancelledError("gone"));
+  MustAdd(Attempt(""));
+  EXPECT_EQ(ReasonOf(Add(Attempt("")).status()), ErrorReason::kDuplicateRequestId)
+      << "two without a key are no attempts at the same call";
 }
 
 TEST_F(AdmissionTest, TellsWhatIsAhead) {

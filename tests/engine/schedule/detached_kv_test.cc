@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "kernels/base/instant.h"
 #include "tests/engine/schedule/scheduler_fixture.h"
 
 namespace headstart {
@@ -114,7 +115,7 @@ TEST_F(DetachedKvTest, GrantsLeases) {
 TEST_F(DetachedKvTest, LeaseBeginsWhenThePromptIsComputed) {
   const Admitted a = MustAdd(WithLease("a", absl::Seconds(5)));
   Pass(absl::Seconds(100));
-  EXPECT_EQ(scheduler_->Expire(now_), absl::InfiniteFuture());
+  EXPECT_EQ(scheduler_->Expire(now_), Instant::InfiniteFuture());
   EXPECT_EQ(scheduler_->load().leases, 0);
   RunAll();
   EXPECT_EQ(scheduler_->load().leases, 1);

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/instant.h"
 #include "tests/engine/schedule/scheduler_fixture.h"
 
 namespace headstart {
@@ -150,7 +151,7 @@ TEST_F(EstimateTest, WhatGaveWayIsNotDoneEarlier) {
 
 TEST_F(EstimateTest, IsWhatComesToPass) {
   Learn();
-  std::vector<std::pair<absl::Time, uint64_t>> predicted;
+  std::vector<std::pair<Instant, uint64_t>> predicted;
   for (int i = 0; i < 6; ++i) {
     const Admitted admitted = MustAdd(Request(absl::StrCat(i), 100 * (i % 3 + 2)));
     predicted.emplace_back(now_ + *admitted.estimate.ttft(), admitted.key);

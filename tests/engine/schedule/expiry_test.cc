@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "kernels/base/instant.h"
 #include "tests/engine/schedule/scheduler_fixture.h"
 
 namespace headstart {
@@ -22,7 +23,7 @@ class DeadlineTest : public SchedulerTest {
 
 TEST_F(DeadlineTest, TellsWhenToComeAgain) {
   MustAdd(Request("forever", 10));
-  EXPECT_EQ(scheduler_->Expire(now_), absl::InfiniteFuture());
+  EXPECT_EQ(scheduler_->Expire(now_), Instant::InfiniteFuture());
   MustAdd(Until(Request("a", 10), absl::Seconds(5)));
   MustAdd(Until(Request("b", 10), absl::Seconds(3)));
   EXPECT_EQ(scheduler_->Expire(now_), now_ + absl::Seconds(3));
@@ -47,7 +48,7 @@ TEST_F(DeadlineTest, EndsARequestInAStep) {
   const Admitted a = MustAdd(Until(Request("a", 10), absl::Seconds(1)));
   const std::optional<Step> step = scheduler_->Next(now_);
   Pass(absl::Seconds(1));
-  EXPECT_EQ(scheduler_->Expire(now_), absl::InfiniteFuture());
+  EXPECT_EQ(scheduler_->Expire(now_), Instant::InfiniteFuture());
   EXPECT_TRUE(step->pieces[0].cancelled->load());
   EXPECT_THAT(EndOf(a), StatusIs(absl::StatusCode::kDeadlineExceeded, HasSubstr("before")));
 }
@@ -71,10 +72,10 @@ class StallTest : public SchedulerTest {
 
   // As the engine does: as often as Expire says while time passes, and Next where there is room.
   void Live(absl::Duration time) {
-    const absl::Time end = now_ + time;
+    const Instant end = now_ + time;
     for (;;) {
       RunAll();
-      const absl::Time next = scheduler_->Expire(now_);
+      const Instant next = scheduler_->Expire(now_);
       if (next > end) break;
       now_ = next;
     }

@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "kernels/base/instant.h"
 #include "tests/engine/schedule/scheduler_fixture.h"
 
 namespace headstart {
@@ -31,8 +32,8 @@ TEST_F(SchedulerTest, SaysWhatRequestsAreDoing) {
   EXPECT_EQ(views[0].num_tokens, kPiece + 10);
   EXPECT_EQ(views[0].priority, 3);
   EXPECT_EQ(views[0].position, kPiece);
-  EXPECT_EQ(views[0].accepted_at, absl::UnixEpoch());
-  EXPECT_EQ(views[1].accepted_at, absl::UnixEpoch() + absl::Seconds(1));
+  EXPECT_EQ(views[0].accepted_at, Instant());
+  EXPECT_EQ(views[1].accepted_at, Instant() + absl::Seconds(1));
   EXPECT_EQ(views[1].position, 0);
   RunAll();
   EXPECT_THAT(states(), ::testing::ElementsAre(State::kKept, State::kShipping));
@@ -63,12 +64,12 @@ TEST_F(SchedulerTest, ResultsSayWhenPiecesRan) {
   ASSERT_EQ(pieces.size(), 2);
   EXPECT_EQ(pieces[0].first_position, 0);
   EXPECT_EQ(pieces[0].num_tokens, kPiece);
-  EXPECT_EQ(pieces[0].begin, absl::UnixEpoch());
-  EXPECT_EQ(pieces[0].end, absl::UnixEpoch() + absl::Seconds(2));
+  EXPECT_EQ(pieces[0].begin, Instant());
+  EXPECT_EQ(pieces[0].end, Instant() + absl::Seconds(2));
   EXPECT_EQ(pieces[1].first_position, kPiece);
   EXPECT_EQ(pieces[1].num_tokens, 10);
-  EXPECT_EQ(pieces[1].begin, absl::UnixEpoch() + absl::Seconds(3));
-  EXPECT_EQ(pieces[1].end, absl::UnixEpoch() + absl::Seconds(5));
+  EXPECT_EQ(pieces[1].begin, Instant() + absl::Seconds(3));
+  EXPECT_EQ(pieces[1].end, Instant() + absl::Seconds(5));
   EXPECT_FALSE(pieces[0].from_cache);
   scheduler_->EndAll(absl::CancelledError("the end"));
 }

@@ -13,6 +13,7 @@
 #include "absl/time/time.h"
 #include "engine/error.h"
 #include "engine/schedule/scheduler.h"
+#include "kernels/base/instant.h"
 #include "tests/engine/schedule/publish.h"
 #include "tests/testing/status_matchers.h"
 
@@ -154,7 +155,7 @@ class SchedulerTest : public ::testing::Test {
     EXPECT_EQ(host_->free_chunks(), host_->num_chunks());
   }
 
-  absl::Time now_ = absl::UnixEpoch();
+  Instant now_ = Instant();
   std::unique_ptr<PagePool> pages_;
   std::unique_ptr<HostPages> host_;
   std::unique_ptr<Scheduler> scheduler_;

@@ -6,6 +6,7 @@
 
 #include <vector>
 
+#include "kernels/base/instant.h"
 #include "kernels/base/nonfinite.h"
 #include "tests/engine/schedule/scheduler_fixture.h"
 
@@ -22,7 +23,7 @@ absl::Status Cancelled() { return absl::CancelledError("the client went"); }
 
 TEST_F(SchedulerTest, NothingRunsWithoutRequests) {
   EXPECT_FALSE(scheduler_->Next(now_).has_value());
-  EXPECT_EQ(scheduler_->Expire(now_), absl::InfiniteFuture());
+  EXPECT_EQ(scheduler_->Expire(now_), Instant::InfiniteFuture());
 }
 
 TEST_F(SchedulerTest, WhatTakesLeastGoesFirst) {
@@ -91,7 +92,7 @@ TEST_F(SchedulerTest, SkippedTokensAreComputedAndNotShipped) {
 }
 
 TEST_F(SchedulerTest, ResultAddsUpThePieces) {
-  const absl::Time start = now_;
+  const Instant start = now_;
   const Admitted admitted = MustAdd(Request("a", 2 * kPiece));
   const auto reader = Reader(admitted);
   for (int i = 1; i <= 2; ++i) {

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/error.h"
+#include "kernels/base/instant.h"
 
 namespace headstart::simulation {
 namespace {
@@ -24,8 +25,8 @@ void Client::CheckOver() {
 
 void Client::Submit() {
   PrefillRequest& request = plan_.request;
-  if (request.deadline < absl::InfiniteFuture()) {
-    request.deadline = engine_.timeline().now() + (request.deadline - absl::UnixEpoch());
+  if (request.deadline < Instant::InfiniteFuture()) {
+    request.deadline = engine_.timeline().now() + (request.deadline - Instant());
   }
   const std::string id = request.request_id;
   engine_.Tell(id, " comes: ", request.num_tokens(), " tokens, ", plan_.readers.size(), " readers",

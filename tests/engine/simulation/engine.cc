@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/schedule/prefix_hits.h"
 #include "engine/schedule/rank.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/nonfinite.h"
 #include "kernels/base/status_macros.h"
 #include "tests/engine/simulation/stamp.h"
@@ -50,8 +51,7 @@ SimulatedEngine::SimulatedEngine(const EngineOptions& options, Mutation mutation
 }
 
 void SimulatedEngine::WriteTrace(const std::string& line) {
-  lines_.push_back(
-      absl::StrCat(absl::FormatDuration(timeline_.now() - absl::UnixEpoch()), "  ", line));
+  lines_.push_back(absl::StrCat(absl::FormatDuration(timeline_.now() - Instant()), "  ", line));
 }
 
 void SimulatedEngine::AfterEvent() {
@@ -73,7 +73,7 @@ void SimulatedEngine::Run() {
 
 std::optional<Step> SimulatedEngine::Next(const Step* running) {
   if (model_->violation().has_value()) return std::nullopt;
-  const absl::Time now = timeline_.now();
+  const Instant now = timeline_.now();
   std::optional<Step> step =
       running == nullptr ? scheduler_->Next(now) : scheduler_->NextUrgent(*running, now);
   if (mutation_ == Mutation::kLoseStep && running == nullptr && random_.Percent(10)) step.reset();
@@ -159,10 +159,10 @@ void SimulatedEngine::LoseBackend() {
 void SimulatedEngine::Expire() {
   if (mutation_ == Mutation::kForgetExpire) return PassAnHour();
   const int64_t ended = scheduler_->load().released;
-  absl::Time next = scheduler_->Expire(timeline_.now());
+  Instant next = scheduler_->Expire(timeline_.now());
   // What was given back may let a step run: there must be an event after which one is looked for.
   if (scheduler_->load().released != ended) next = timeline_.now();
-  if (next == absl::InfiniteFuture()) return;
+  if (next == Instant::InfiniteFuture()) return;
   if (next >= next_expiry_ && next_expiry_ > timeline_.now()) return;
   next_expiry_ = next;
   timeline_.At(next, [this] { Expire(); });
@@ -170,7 +170,7 @@ void SimulatedEngine::Expire() {
 
 // Once: whatever has an expiry is past it then.
 void SimulatedEngine::PassAnHour() {
-  if (next_expiry_ < absl::InfiniteFuture()) return;
+  if (next_expiry_ < Instant::InfiniteFuture()) return;
   next_expiry_ = timeline_.now() + absl::Hours(1);
   timeline_.At(next_expiry_, [] {});
 }
@@ -205,7 +205,7 @@ absl::StatusOr<std::unique_ptr<ShipmentReader>> SimulatedEngine::Submit(PrefillR
                                                                         const std::string& fetch_id,
                                                                         RequestBook* book) {
   const bool detached = request.detached.has_value();
-  const absl::Time now = timeline_.now();
+  const Instant now = timeline_.now();
   NamePages(request);
   FillBook(request, *book);
   if (mutation_ == Mutation::kWrongPriority) request.priority = -request.priority;

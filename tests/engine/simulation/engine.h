@@ -11,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "engine/schedule/scheduler.h"
+#include "kernels/base/instant.h"
 #include "tests/engine/simulation/model.h"
 #include "tests/engine/simulation/mutation.h"
 #include "tests/engine/simulation/pretend_runner.h"
@@ -97,7 +98,7 @@ class SimulatedEngine {
   std::unique_ptr<Model> model_;
   std::unique_ptr<Device> device_;
   std::unique_ptr<PretendRunner> runner_;
-  absl::Time next_expiry_ = absl::InfiniteFuture();
+  Instant next_expiry_ = Instant::InfiniteFuture();
   bool lost_ = false;
   std::vector<PageRefs> kept_;  // planted bugs
   std::vector<int32_t> wrong_pages_;

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/schedule/rank.h"
+#include "kernels/base/instant.h"
 
 namespace headstart::simulation {
 
@@ -28,7 +29,7 @@ RequestBook* Model::Find(uint64_t key) const {
 
 bool Model::InFlight(const std::string& id) const {
   return std::any_of(requests_.begin(), requests_.end(), [&](const RequestBook* request) {
-    return request->id == id && (request->live() || request->in_step);
+    return request->id == id && request->live();
   });
 }
 
@@ -48,7 +49,7 @@ void Model::GiveCauseToAll(ErrorReason cause) {
 
 // ---- what happens
 
-void Model::CheckEstimate(RequestBook& request, const Estimate& estimate, absl::Time now) const {
+void Model::CheckEstimate(RequestBook& request, const Estimate& estimate, Instant now) const {
   int64_t requests = 0, tokens = 0;
   request.ahead.insert(request.key);
   for (const RequestBook* other : requests_) {
@@ -77,7 +78,7 @@ void Model::Accepted(RequestBook* request) {
   ++num_accepted_;
 }
 
-void Model::Asked(const Step* step, const Step* running, absl::Time now) {
+void Model::Asked(const Step* step, const Step* running, Instant now) {
   int64_t free = host_.free_chunks();
   if (step != nullptr) {
     CheckStep(*step, running);
@@ -111,7 +112,7 @@ void Model::Asked(const Step* step, const Step* running, absl::Time now) {
   progress_ = now;
 }
 
-void Model::Finished(const Step& step, const StepResult& result, absl::Time now) {
+void Model::Finished(const Step& step, const StepResult& result, Instant now) {
   progress_ = now;
   ++counts_.steps;
   counts_.urgent_steps += step.urgent;
@@ -135,7 +136,7 @@ void Model::CountOthersTime(const Step& step, absl::Duration took) {
   }
 }
 
-void Model::End(RequestBook& request, bool ok, absl::Time now) {
+void Model::End(RequestBook& request, bool ok, Instant now) {
   request.in_step = false;
   request.waits_since = now;
   const bool ended = !request.shipment->Open(std::nullopt, 0).ok();

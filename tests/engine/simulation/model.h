@@ -15,6 +15,7 @@
 #include "absl/time/time.h"
 #include "engine/error.h"
 #include "engine/schedule/scheduler.h"
+#include "kernels/base/instant.h"
 
 namespace headstart::simulation {
 
@@ -74,9 +75,9 @@ struct RequestBook {
   PrefixCaching prefix;
   bool is_sparse = false;
   int32_t priority = 0;
-  absl::Time accepted;
-  absl::Time waits_since;  // accepted, or its last piece ended
-  absl::Time latest_start;
+  Instant accepted;
+  Instant waits_since;  // accepted, or its last piece ended
+  Instant latest_start;
   int64_t skip_tokens = 0;
   absl::Duration lease = absl::ZeroDuration();  // zero: attached
   bool reserves = false;                        // all its host memory when it comes
@@ -91,7 +92,7 @@ struct RequestBook {
   int64_t num_found = 0;
   int64_t pass_begin = 0, pass_end = 0;  // of the piece in a step: tokens that are computed
   bool in_step = false;
-  absl::Time stepped_at;  // of the last step that it is or was in
+  Instant stepped_at;  // of the last step that it is or was in
   bool started = false;
   bool computed = false;
   bool slot_is_stale = true;
@@ -102,10 +103,10 @@ struct RequestBook {
 
   std::optional<absl::Status> end;
   bool told = false;  // that it is computed
-  absl::Time expiry = absl::InfiniteFuture();
+  Instant expiry = Instant::InfiniteFuture();
   std::set<ErrorReason> causes;  // why it may end, besides time
   int64_t readers_away = 0;      // that it needs
-  absl::Time reader_back = absl::InfinitePast();
+  Instant reader_back = Instant::InfinitePast();
 
   // What its KV depends on, page by page; and before the first one.
   uint64_t root_content = 0;
@@ -117,7 +118,7 @@ struct RequestBook {
   std::vector<std::weak_ptr<const HostChunk>> published;
   std::map<const HostChunk*, int64_t> on_wire;  // by how many readers
   int64_t held = 0;                             // at the last look
-  absl::Time moved = absl::InfinitePast();      // when that changed, or it ran
+  Instant moved = Instant::InfinitePast();      // when that changed, or it ran
 
   bool detached() const { return lease > absl::ZeroDuration(); }
   bool live() const { return !end.has_value(); }
@@ -142,20 +143,20 @@ class Model {
   // ---- what happens
 
   // What Add must say of a request: the book is not in yet.
-  void CheckEstimate(RequestBook& request, const Estimate& estimate, absl::Time now) const;
+  void CheckEstimate(RequestBook& request, const Estimate& estimate, Instant now) const;
   // `request` outlives the model.
   void Accepted(RequestBook* request);
   // The scheduler was asked for a step; null: there is none. `running`: the step around it; null:
   // an urgent one was not asked for.
-  void Asked(const Step* step, const Step* running, absl::Time now);
-  void Finished(const Step& step, const StepResult& result, absl::Time now);
+  void Asked(const Step* step, const Step* running, Instant now);
+  void Finished(const Step& step, const StepResult& result, Instant now);
 
   // ---- what must be true
 
   // After every event.
-  void Check(absl::Time now);
+  void Check(Instant now);
   // Where there is no step.
-  void CheckIdle(absl::Time now);
+  void CheckIdle(Instant now);
   // The request's piece may write the page.
   void CheckMayWrite(const RequestBook& request, int32_t page);
   // When nothing will happen any more.
@@ -186,7 +187,7 @@ class Model {
     bool to_all = true, to_short = true;
     bool To(bool is_short) const { return is_short ? to_short : to_all; }
     // Somebody lacks memory.
-    void Restrict(const RequestBook& request, absl::Time now) {
+    void Restrict(const RequestBook& request, Instant now) {
       to_all = false;
       if (now >= request.latest_start) to_short = false;
     }
@@ -200,23 +201,23 @@ class Model {
     Leave device, room;
   };
   // In the order of going first.
-  using Standing = std::tuple<int64_t, absl::Time, uint64_t>;
+  using Standing = std::tuple<int64_t, Instant, uint64_t>;
 
   // ---- who runs (model_steps.cc)
-  Standing StandingOf(const RequestBook& request, absl::Time now) const;
-  std::vector<RequestBook*> InOrder(absl::Time now) const;
+  Standing StandingOf(const RequestBook& request, Instant now) const;
+  std::vector<RequestBook*> InOrder(Instant now) const;
   // Those that are to run when `free` chunks of host memory are, by the policy that the scheduler
   // promises. Gives the requests that it looks at their place on the device. `running`: as in
   // Asked.
-  std::vector<Turn> ToRun(const Step* running, int64_t free, absl::Time now);
+  std::vector<Turn> ToRun(const Step* running, int64_t free, Instant now);
   Turn NextTurn(const RequestBook& request, int64_t ready) const;
   bool CanJoin(const RequestBook& request, int64_t ready, const Making& step) const;
   // Of host memory that is not reserved.
   int64_t RoomFor(const Turn& turn) const;
-  bool LacksRoom(const RequestBook& request, int64_t ready, Making& step, absl::Time now) const;
+  bool LacksRoom(const RequestBook& request, int64_t ready, Making& step, Instant now) const;
   // Gives it a place if it may have one.
-  bool IsOnDevice(RequestBook& request, Making& step, absl::Time now);
-  std::optional<Turn> TurnOf(RequestBook& request, Making& step, absl::Time now);
+  bool IsOnDevice(RequestBook& request, Making& step, Instant now);
+  std::optional<Turn> TurnOf(RequestBook& request, Making& step, Instant now);
   bool IsShort(const RequestBook& request, int64_t ready) const;
   // Whether a step computes its next page at this moment, of which tokens before `ready` are there.
   bool WaitsForPage(const RequestBook& request, int64_t ready) const;
@@ -227,7 +228,7 @@ class Model {
   void CheckNobodyForgotten(const std::vector<Turn>& turns, bool urgent) const;
   void CheckPiece(const Turn& turn, const Piece& piece) const;
   void Begin(const Turn& turn, const Piece& piece);
-  void End(RequestBook& request, bool ok, absl::Time now);
+  void End(RequestBook& request, bool ok, Instant now);
   // The step's time, for those who wait and did not know of its requests.
   void CountOthersTime(const Step& step, absl::Duration took);
 
@@ -246,15 +247,15 @@ class Model {
   void DescribeContents(RequestBook& request) const;
 
   // ---- what must be true (model_checks.cc)
-  void LookAtEnd(RequestBook& request, absl::Time now);
-  void CheckReason(const RequestBook& request, absl::Time now);
+  void LookAtEnd(RequestBook& request, Instant now);
+  void CheckReason(const RequestBook& request, Instant now);
   void CheckResult(const RequestBook& request, const PrefillResult& result);
-  bool MayBeStalled(const RequestBook& request, absl::Time now) const;
-  void CheckHost(RequestBook& request, absl::Time now);
+  bool MayBeStalled(const RequestBook& request, Instant now) const;
+  void CheckHost(RequestBook& request, Instant now);
   void CheckLoad();
   void CheckDevice();
   void ForgetGone();
-  void NoteProgress(absl::Time now);
+  void NoteProgress(Instant now);
 
   const SchedulerOptions options_;
   const bool calm_;
@@ -267,8 +268,8 @@ class Model {
   int64_t num_accepted_ = 0;
   int64_t last_free_ = -1;
   size_t last_live_ = 0;
-  absl::Time progress_ = absl::InfinitePast();      // something was last seen to move
-  absl::Time all_computed_ = absl::InfinitePast();  // nobody was last seen to wait for compute
+  Instant progress_ = Instant::InfinitePast();      // something was last seen to move
+  Instant all_computed_ = Instant::InfinitePast();  // nobody was last seen to wait for compute
   SchedulerLoad counts_;                            // of what happened since the start
   mutable std::optional<Violation> violation_;
   mutable Sightings seen_;

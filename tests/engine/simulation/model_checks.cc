@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/instant.h"
 #include "tests/engine/simulation/model.h"
 
 namespace headstart::simulation {
@@ -19,7 +20,7 @@ constexpr absl::Duration kEstimateSlack = absl::Milliseconds(20);
 
 }  // namespace
 
-void Model::Check(absl::Time now) {
+void Model::Check(Instant now) {
   if (violation_.has_value()) return;
   for (RequestBook* request : requests_) LookAtEnd(*request, now);
   CheckLoad();
@@ -40,7 +41,7 @@ void Model::Check(absl::Time now) {
   ForgetGone();
 }
 
-void Model::LookAtEnd(RequestBook& request, absl::Time now) {
+void Model::LookAtEnd(RequestBook& request, Instant now) {
   const absl::Status closed = request.shipment->Open(std::nullopt, 0).status();
   if (request.live() && !closed.ok()) {
     request.end = closed;
@@ -79,7 +80,7 @@ void Model::CheckResult(const RequestBook& request, const PrefillResult& result)
   }
   if (!calm_ || !request.predicted_ttft.has_value()) return;
   const absl::Duration took = result.computed_at - request.accepted;
-  seen_.deadlines_kept += request.expiry < absl::InfiniteFuture();
+  seen_.deadlines_kept += request.expiry < Instant::InfiniteFuture();
   const absl::Duration expected = *request.predicted_ttft + request.others_time;
   seen_.ttft.push_back(absl::FDivDuration(took, expected));
   const absl::Duration bound = kEstimateFactor * expected + kEstimateSlack;
@@ -92,7 +93,7 @@ void Model::CheckResult(const RequestBook& request, const PrefillResult& result)
   }
 }
 
-void Model::CheckReason(const RequestBook& request, absl::Time now) {
+void Model::CheckReason(const RequestBook& request, Instant now) {
   const ErrorReason reason = ReasonOf(*request.end);
   ++seen_.ends[reason];
   const bool kept = request.computed && request.detached();
@@ -108,14 +109,14 @@ void Model::CheckReason(const RequestBook& request, absl::Time now) {
   }
 }
 
-bool Model::MayBeStalled(const RequestBook& request, absl::Time now) const {
+bool Model::MayBeStalled(const RequestBook& request, Instant now) const {
   const bool reader_was_away = request.readers_away > 0 || now - request.reader_back <= kTimeToTake;
   return !request.reserves && reader_was_away && request.held > 0 &&
          now - request.moved >= options_.stall_timeout &&
          now - all_computed_ >= options_.stall_timeout;
 }
 
-void Model::CheckHost(RequestBook& request, absl::Time now) {
+void Model::CheckHost(RequestBook& request, Instant now) {
   std::erase_if(request.published, [](const auto& chunk) { return chunk.expired(); });
   int64_t kept = 0;
   for (const auto& weak : request.published) {
@@ -199,7 +200,7 @@ void Model::CheckDevice() {
   }
 }
 
-void Model::NoteProgress(absl::Time now) {
+void Model::NoteProgress(Instant now) {
   const int64_t free = host_.free_chunks();
   const auto live = static_cast<size_t>(
       std::count_if(requests_.begin(), requests_.end(),
@@ -218,7 +219,7 @@ void Model::ForgetGone() {
   });
 }
 
-void Model::CheckIdle(absl::Time now) {
+void Model::CheckIdle(Instant now) {
   const bool somebody_waits =
       std::any_of(requests_.begin(), requests_.end(),
                   [](const RequestBook* request) { return request->waits_for_compute(); });

@@ -3,17 +3,18 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/instant.h"
 #include "tests/engine/simulation/model.h"
 
 namespace headstart::simulation {
 
-Model::Standing Model::StandingOf(const RequestBook& request, absl::Time now) const {
+Model::Standing Model::StandingOf(const RequestBook& request, Instant now) const {
   const absl::Duration waited = (request.in_step ? request.stepped_at : now) - request.waits_since;
   const auto aged = static_cast<int64_t>(absl::FDivDuration(waited, options_.ageing) + 1e-9);
   return {-(request.priority + aged), request.latest_start, request.key};
 }
 
-std::vector<RequestBook*> Model::InOrder(absl::Time now) const {
+std::vector<RequestBook*> Model::InOrder(Instant now) const {
   std::vector<RequestBook*> waiting;
   for (RequestBook* request : requests_) {
     if (request->waits_for_compute()) waiting.push_back(request);
@@ -59,7 +60,7 @@ bool Model::CanJoin(const RequestBook& request, int64_t ready, const Making& ste
   return step.rows + rows <= options_.batch_tokens;
 }
 
-std::vector<Model::Turn> Model::ToRun(const Step* running, int64_t free, absl::Time now) {
+std::vector<Model::Turn> Model::ToRun(const Step* running, int64_t free, Instant now) {
   std::optional<Standing> before;
   if (running != nullptr) {
     for (const Piece& piece : running->pieces) {
@@ -89,7 +90,7 @@ std::vector<Model::Turn> Model::ToRun(const Step* running, int64_t free, absl::T
   return turns;
 }
 
-bool Model::IsOnDevice(RequestBook& request, Making& step, absl::Time now) {
+bool Model::IsOnDevice(RequestBook& request, Making& step, Instant now) {
   if (request.on_device()) {
     TakeFound(request, /*begins=*/false);
     return true;
@@ -106,8 +107,7 @@ int64_t Model::RoomFor(const Turn& turn) const {
   return std::ssize(ChunksOf(turn)) * options_.geometry.num_layers;
 }
 
-bool Model::LacksRoom(const RequestBook& request, int64_t ready, Making& step,
-                      absl::Time now) const {
+bool Model::LacksRoom(const RequestBook& request, int64_t ready, Making& step, Instant now) const {
   const int64_t needed = RoomFor(NextTurn(request, ready));
   if (needed == 0) return false;
   if (step.room.To(IsShort(request, ready)) && needed <= step.free) return false;
@@ -116,7 +116,7 @@ bool Model::LacksRoom(const RequestBook& request, int64_t ready, Making& step,
   return true;
 }
 
-std::optional<Model::Turn> Model::TurnOf(RequestBook& request, Making& step, absl::Time now) {
+std::optional<Model::Turn> Model::TurnOf(RequestBook& request, Making& step, Instant now) {
   Turn turn = NextTurn(request, request.ready);
   // Nothing to compute and nothing to ship.
   while (turn.rows() == 0 && ChunksOf(turn).empty()) {
@@ -163,7 +163,7 @@ void Model::CheckNobodyForgotten(const std::vector<Turn>& turns, bool urgent) co
   for (const RequestBook* request : requests_) {
     if (!request->waits_for_compute() || WaitsForPage(*request, request->ready)) continue;
     if (urgent && !IsShort(*request, request->ready)) continue;
-    const absl::Time came_much_later =
+    const Instant came_much_later =
         request->waits_since + (kMostPriority - request->priority + 1) * options_.ageing;
     const bool forgotten = std::all_of(turns.begin(), turns.end(), [&](const Turn& turn) {
       return turn.request->waits_since > came_much_later;

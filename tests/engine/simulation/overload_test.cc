@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/instant.h"
 #include "tests/engine/simulation/client.h"
 #include "tests/engine/simulation/engine.h"
 #include "tests/engine/simulation/random.h"
@@ -48,7 +49,7 @@ ClientPlan Request(const Traffic& traffic, int64_t number, absl::Duration arriva
   plan.request.request_id = absl::StrCat("r", number);
   plan.request.token_ids.assign(
       static_cast<size_t>(random.Between(1, traffic.most_blocks) * kBlockTokens), 7);
-  plan.request.deadline = absl::UnixEpoch() + traffic.deadline;
+  plan.request.deadline = Instant() + traffic.deadline;
   ReaderPlan reader;
   reader.part = WholeKv(Machine().scheduler.geometry);
   reader.wire = absl::Microseconds(10);
@@ -73,7 +74,7 @@ Served Serve(const Traffic& traffic) {
   }
   engine.Run();
   EXPECT_FALSE(engine.model().violation().has_value()) << engine.model().violation()->what;
-  const absl::Duration took = engine.timeline().now() - absl::UnixEpoch();
+  const absl::Duration took = engine.timeline().now() - Instant();
   return {engine.model().seen().computed,
           static_cast<double>(engine.model().seen().computed_tokens) / absl::ToDoubleSeconds(took)};
 }

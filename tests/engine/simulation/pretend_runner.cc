@@ -5,13 +5,14 @@
 #include <utility>
 
 #include "engine/error.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/nonfinite.h"
 #include "tests/engine/simulation/stamp.h"
 
 namespace headstart::simulation {
 
 StepResult PretendRunner::Run(Step& step, UrgentWork* urgent) {
-  const absl::Time start = timeline_.now();
+  const Instant start = timeline_.now();
   absl::Duration inside;
   std::vector<Way> ways = Begin(step);
   for (int32_t layer = 0; layer < options_.num_layers; ++layer) {
@@ -66,7 +67,7 @@ void PretendRunner::RunLayer(std::vector<Way>& ways, int32_t layer) {
 }
 
 absl::Duration PretendRunner::RunUrgent(UrgentWork* urgent) {
-  const absl::Time start = timeline_.now();
+  const Instant start = timeline_.now();
   while (std::optional<Step> step = urgent->Next()) {
     StepResult result = Run(*step, nullptr);
     urgent->Finish(*std::move(step), std::move(result));

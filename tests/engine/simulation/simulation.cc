@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/schedule/prefix_hits.h"
+#include "kernels/base/instant.h"
 #include "tests/engine/simulation/client.h"
 #include "tests/engine/simulation/engine.h"
 #include "tests/engine/simulation/random.h"
@@ -144,8 +145,8 @@ class Drawer {
     }
   }
 
-  absl::Time FromNow(absl::Duration low, absl::Duration high) {
-    return absl::UnixEpoch() + random_.Between(low, high);
+  Instant FromNow(absl::Duration low, absl::Duration high) {
+    return Instant() + random_.Between(low, high);
   }
   absl::Duration DrawMoment() { return random_.Between(absl::ZeroDuration(), Milliseconds(300)); }
 
@@ -158,7 +159,7 @@ class Drawer {
       // Nobody may wait for its room: then that ends it.
       plan.request.deadline = FromNow(absl::Seconds(1), absl::Seconds(20));
     }
-    if (mutation_ == Mutation::kForgetEnd) plan.request.deadline = absl::InfiniteFuture();
+    if (mutation_ == Mutation::kForgetEnd) plan.request.deadline = Instant::InfiniteFuture();
     plan.readers.push_back(std::move(reader));
   }
 

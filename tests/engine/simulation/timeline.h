@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "absl/time/time.h"
+#include "kernels/base/instant.h"
 
 namespace headstart::simulation {
 
@@ -18,9 +19,9 @@ class Timeline {
   // `after_event` is called after every event.
   explicit Timeline(Event after_event) : after_event_(std::move(after_event)) {}
 
-  absl::Time now() const { return now_; }
+  Instant now() const { return now_; }
 
-  void At(absl::Time time, Event event) {
+  void At(Instant time, Event event) {
     events_.emplace(std::pair(std::max(time, now_), ++last_), std::move(event));
   }
   void After(absl::Duration delay, Event event) { At(now_ + delay, std::move(event)); }
@@ -36,7 +37,7 @@ class Timeline {
   }
 
   // Lets everything happen that comes before `time`; then it is `time`.
-  void RunUntil(absl::Time time) {
+  void RunUntil(Instant time) {
     while (!events_.empty() && events_.begin()->first.first < time) RunNext();
     now_ = time;
   }
@@ -46,9 +47,9 @@ class Timeline {
 
  private:
   const Event after_event_;
-  absl::Time now_ = absl::UnixEpoch();
+  Instant now_ = Instant();
   uint64_t last_ = 0;
-  std::map<std::pair<absl::Time, uint64_t>, Event> events_;
+  std::map<std::pair<Instant, uint64_t>, Event> events_;
 };
 
 }  // namespace headstart::simulation

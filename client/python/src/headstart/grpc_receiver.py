@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 
 import grpc
@@ -34,6 +35,7 @@ class GrpcReceiver:
     def prefill(self, request: pb.PrefillRequest, sink: KvSink, timeout_s: float, cancel: CancelToken) -> PrefillResult:
         """Sends the prompt and receives its KV, on several connections as detached KV. One with `detached` is only sent."""
         deadline = time.monotonic() + timeout_s
+        request.attempt_key = secrets.token_bytes(16)  # so that a second attempt does not meet the first as a stranger
         attempts = 0
         while True:
             attempts += 1
