@@ -55,6 +55,9 @@ absl::Status ValidateOptions(const ServerOptions& options) {
     return UsageError("otlp-endpoint", absl::StrCat("is ", options.otlp_endpoint,
                                                     ", not host:port or http(s)://host:port"));
   }
+  if (!options.admin_socket.empty() && options.admin_listen.empty()) {
+    return UsageError("admin-socket", "needs --admin-listen");
+  }
   return ValidateTls(options.tls);
 }
 

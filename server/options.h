@@ -58,6 +58,7 @@ struct ServerOptions {
   // ---- listeners; port 0 takes a free one
   std::string listen = "127.0.0.1:8443";
   std::string admin_listen = "127.0.0.1:9090";  // empty: no admin server
+  std::string admin_socket;  // path of a Unix socket that also takes POST /drain; empty: none
   std::string port_file;
   std::string fetch_address;  // where clients reach FetchKv; empty: where they called
   ServerTlsOptions tls;

@@ -13,7 +13,6 @@
 #include "kernels/base/status_macros.h"
 #include "proto/grpc_time.h"
 #include "server/net/self_check.h"
-#include "server/net/tls.h"
 #include "server/ops/logging.h"
 #include "server/ops/otlp_sink.h"
 #include "server/version.h"
@@ -25,7 +24,7 @@ constexpr absl::Duration kWatchInterval = absl::Seconds(1);
 // For status and trailers of the last calls, and for calls of other services (health watches).
 constexpr absl::Duration kGoodbye = absl::Seconds(1);
 // Open files that are not connections of clients.
-constexpr int64_t kOtherFiles = 64;
+constexpr int64_t kOtherFiles = 64 + HttpServer::kMaxConnections;
 constexpr absl::Duration kSelfCheckTimeout = absl::Seconds(2);
 
 ListenerLimits LimitConnections(const ConnectionOptions& options) {
@@ -147,7 +146,11 @@ Server::Server(ServerOptions options)
 
 absl::Status Server::Listen() {
   HEADSTART_ASSIGN_OR_RETURN(const HostPort address, ParseHostPort(options_.listen));
-  HEADSTART_ASSIGN_OR_RETURN(auto credentials, MakeCredentials(options_.tls));
+  std::shared_ptr<grpc::ServerCredentials> credentials = grpc::InsecureServerCredentials();
+  if (options_.tls.enabled()) {
+    HEADSTART_ASSIGN_OR_RETURN(tls_, TlsIdentity::Load(options_.tls));
+    credentials = tls_->MakeCredentials();
+  }
   HEADSTART_ASSIGN_OR_RETURN(listener_,
                              Listener::Create(address, LimitConnections(options_.connections)));
   if (!options_.tls.enabled() && !IsLoopback(address.host)) {
@@ -163,7 +166,8 @@ absl::Status Server::Listen() {
 absl::Status Server::StartAdmin() {
   if (options_.admin_listen.empty()) return absl::OkStatus();
   HEADSTART_ASSIGN_OR_RETURN(const HostPort address, ParseHostPort(options_.admin_listen));
-  HEADSTART_ASSIGN_OR_RETURN(admin_, AdminServer::Start(address, MakeAdminHandlers()));
+  HEADSTART_ASSIGN_OR_RETURN(
+      admin_, AdminServer::Start(address, options_.admin_socket, MakeAdminHandlers()));
   return absl::OkStatus();
 }
 
@@ -177,13 +181,9 @@ void Server::StartLoading(EngineFactory make_engine) {
   });
   watch_timer_ = std::make_unique<Timer>();
   WatchCompute();
+  if (tls_ != nullptr) WatchCertificates();
   // Last: the first call may come right away.
-  listener_->Start([this](int fd, bool own) {
-    GrpcServer::Acceptor::NewConnectionParameters connection;
-    connection.listener_fd = listener_->fd();
-    connection.fd = fd;
-    (own ? grpc_.own_acceptor : grpc_.acceptor)->HandleNewConnection(&connection);
-  });
+  listener_->Start([this](int fd) { Serve(*grpc_.acceptor, listener_->fd(), fd); });
 }
 
 absl::Status Server::ServeModel(std::unique_ptr<Engine> engine, absl::Duration load_time) {
@@ -237,16 +237,37 @@ void Server::WatchCompute() {
   watch_timer_->Schedule(Instant::Now() + kWatchInterval, [this] { WatchCompute(); });
 }
 
+void Server::WatchCertificates() {
+  const absl::StatusOr<bool> reloaded = tls_->Reload();
+  if (!reloaded.ok()) {
+    Log(LogLevel::kWarn, "certificates refused: the last good ones stay",
+        {{"message", reloaded.status().message()}});
+  } else if (*reloaded) {
+    Log(LogLevel::kInfo, "certificates reloaded",
+        {{"not_after", absl::FormatTime(tls_->stats().not_after)}});
+  }
+  watch_timer_->Schedule(Instant::Now() + absl::Seconds(options_.tls.reload_seconds),
+                         [this] { WatchCertificates(); });
+}
+
 absl::Status Server::Live() const {
   HEADSTART_RETURN_IF_ERROR(lifecycle_.Live());
-  return CheckThroughListener(*listener_, kSelfCheckTimeout);
+  const auto serve_health = [this](int fd) { Serve(*grpc_.own_acceptor, listener_->fd(), fd); };
+  return CheckThroughListener(*listener_, serve_health, kSelfCheckTimeout);
+}
+
+absl::Status Server::Ready() const {
+  HEADSTART_RETURN_IF_ERROR(lifecycle_.Ready());
+  if (tls_ == nullptr) return absl::OkStatus();
+  const auto serve = [this](int fd) { Serve(*grpc_.acceptor, listener_->fd(), fd); };
+  return CheckTlsHandshake(*listener_, serve, kSelfCheckTimeout);
 }
 
 AdminHandlers Server::MakeAdminHandlers() {
   return {
       .metrics = [this] { return metrics_.Serialize(Snapshot()); },
       .live = [this] { return Live(); },
-      .ready = [this] { return lifecycle_.Ready(); },
+      .ready = [this] { return Ready(); },
       .version =
           [this] {
             return nlohmann::json({{"version", kVersion}, {"model", context_.model_name}}).dump() +
@@ -300,6 +321,15 @@ MetricsSnapshot Server::Snapshot() const {
   s.connections_accepted = connections.accepted;
   for (size_t i = 0; i < kShedReasonNames.size(); ++i) {
     s.connections_shed.emplace_back(std::string(kShedReasonNames[i]), connections.shed[i]);
+  }
+  if (tls_ != nullptr) {
+    const TlsStats tls = tls_->stats();
+    s.certificate_not_after = absl::ToUnixSeconds(tls.not_after);
+    if (tls.client_ca_not_after) {
+      s.client_ca_not_after = absl::ToUnixSeconds(*tls.client_ca_not_after);
+    }
+    s.certificates_loaded = tls.loaded;
+    s.certificates_rejected = tls.rejected;
   }
   s.ready = lifecycle_.healthy();
   s.draining = lifecycle_.phase() == Lifecycle::Phase::kDraining;

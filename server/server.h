@@ -14,6 +14,7 @@
 #include "kernels/base/instant.h"
 #include "server/lifecycle.h"
 #include "server/net/listener.h"
+#include "server/net/tls.h"
 #include "server/ops/admin_server.h"
 #include "server/ops/recent_prompts.h"
 #include "server/ops/span_exporter.h"
@@ -76,7 +77,9 @@ class Server {
   void OnChange(Lifecycle::Phase phase, bool healthy);
   // Tells the lifecycle what compute does, again and again.
   void WatchCompute();
+  void WatchCertificates();
   absl::Status Live() const;
+  absl::Status Ready() const;
   AdminHandlers MakeAdminHandlers();
   StatusReport Report() const;
 
@@ -92,6 +95,7 @@ class Server {
   std::unique_ptr<Engine> engine_;
   Timer timer_;
   PrefillService service_;
+  std::unique_ptr<TlsIdentity> tls_;  // null: plain text
   std::unique_ptr<Listener> listener_;
   GrpcServer grpc_;
   std::unique_ptr<AdminServer> admin_;

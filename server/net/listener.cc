@@ -5,10 +5,12 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/eventfd.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <system_error>
 
@@ -31,7 +33,17 @@ bool OutOfDescriptors(int error) {
   return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
 }
 
-int OpenReserve() { return open("/dev/null", O_RDONLY | O_CLOEXEC); }
+Descriptor OpenReserve() { return Descriptor(open("/dev/null", O_RDONLY | O_CLOEXEC)); }
+
+// A connected socket, or -1 with errno.
+int Accept(int listen_fd, Endpoint* peer) {
+  sockaddr_storage address = {};
+  socklen_t length = sizeof(address);
+  const int fd = accept4(listen_fd, reinterpret_cast<sockaddr*>(&address), &length,
+                         SOCK_NONBLOCK | SOCK_CLOEXEC);
+  if (fd >= 0) *peer = ToEndpoint(address);
+  return fd;
+}
 
 absl::Status ErrnoError(absl::string_view what) {
   return absl::UnavailableError(absl::StrCat(what, ": ", std::generic_category().message(errno)));
@@ -57,31 +69,44 @@ socklen_t ToSockaddr(const std::string& ip, int port, sockaddr_storage* out) {
   return sizeof(sockaddr_in6);
 }
 
+// Sends a secret from one end to the other. Both know it only when they are of one connection.
+absl::Status ProveConnected(const OwnConnection& ends, absl::Duration timeout) {
+  std::array<char, 16> secret, arrived;
+  if (getrandom(secret.data(), secret.size(), 0) != static_cast<ssize_t>(secret.size()) ||
+      send(ends.client.get(), secret.data(), secret.size(), MSG_NOSIGNAL) !=
+          static_cast<ssize_t>(secret.size())) {
+    return ErrnoError("sending to the own listener");
+  }
+  pollfd waiting = {ends.server.get(), POLLIN, 0};
+  poll(&waiting, 1, static_cast<int>(absl::ToInt64Milliseconds(timeout)));
+  const ssize_t count = recv(ends.server.get(), arrived.data(), arrived.size(), MSG_WAITALL);
+  if (count == static_cast<ssize_t>(secret.size()) && arrived == secret) return absl::OkStatus();
+  return absl::UnavailableError("the own listener took another connection than ours");
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Listener>> Listener::Create(const HostPort& address,
                                                            const ListenerLimits& limits) {
-  HEADSTART_ASSIGN_OR_RETURN(const int listen_fd, ListenOn(address));
-  const int wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-  if (wake_fd < 0) {
-    close(listen_fd);
-    return ErrnoError("eventfd");
-  }
-  return std::unique_ptr<Listener>(new Listener(listen_fd, wake_fd, limits));
+  HEADSTART_ASSIGN_OR_RETURN(std::vector<Descriptor> sockets, ListenOn(address));
+  return Create(std::move(sockets), limits);
 }
 
-Listener::Listener(int listen_fd, int wake_fd, const ListenerLimits& limits)
-    : listen_fd_(listen_fd),
-      wake_fd_(wake_fd),
-      reserve_fd_(OpenReserve()),
-      local_(LocalEndpoint(listen_fd)),
+absl::StatusOr<std::unique_ptr<Listener>> Listener::Create(std::vector<Descriptor> sockets,
+                                                           const ListenerLimits& limits) {
+  Descriptor wake(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
+  if (wake.get() < 0) return ErrnoError("eventfd");
+  return std::unique_ptr<Listener>(new Listener(std::move(sockets), std::move(wake), limits));
+}
+
+Listener::Listener(std::vector<Descriptor> sockets, Descriptor wake, const ListenerLimits& limits)
+    : sockets_(std::move(sockets)),
+      wake_(std::move(wake)),
+      reserve_(OpenReserve()),
+      local_(LocalEndpoint(sockets_.front().get())),
       limits_(limits) {}
 
-Listener::~Listener() {
-  Stop();
-  close(wake_fd_);
-  if (reserve_fd_ >= 0) close(reserve_fd_);
-}
+Listener::~Listener() { Stop(); }
 
 void Listener::Start(Handler handler) {
   handler_ = std::move(handler);
@@ -89,11 +114,10 @@ void Listener::Start(Handler handler) {
 }
 
 void Listener::Stop() {
-  if (listen_fd_ < 0) return;
-  eventfd_write(wake_fd_, 1);
+  if (sockets_.empty()) return;
+  eventfd_write(wake_.get(), 1);
   if (thread_.joinable()) thread_.join();
-  close(listen_fd_);
-  listen_fd_ = -1;
+  sockets_.clear();
 }
 
 ListenerStats Listener::stats() {
@@ -105,75 +129,69 @@ ListenerStats Listener::stats() {
 }
 
 void Listener::Loop() {
-  pollfd fds[] = {{listen_fd_, POLLIN, 0}, {wake_fd_, POLLIN, 0}};
+  std::vector<pollfd> fds = {{wake_.get(), POLLIN, 0}};
+  for (const Descriptor& socket : sockets_) fds.push_back({socket.get(), POLLIN, 0});
   while (true) {
-    poll(fds, 2, kSweepMs);
-    if (fds[1].revents != 0) return;
-    if (fds[0].revents != 0) AcceptAll();
-    if (reserve_fd_ < 0) reserve_fd_ = OpenReserve();  // somebody was faster once
+    poll(fds.data(), fds.size(), kSweepMs);
+    if (fds[0].revents != 0) return;
+    for (size_t i = 1; i < fds.size(); ++i) {
+      if (fds[i].revents != 0) AcceptAll(fds[i].fd);
+    }
+    if (reserve_.get() < 0) reserve_ = OpenReserve();  // somebody was faster once
     MutexLock lock(&mutex_);
     Sweep();
   }
 }
 
-void Listener::AcceptAll() {
-  for (int i = 0; i < kAcceptBurst && AcceptOne(); ++i) {
+void Listener::AcceptAll(int listen_fd) {
+  for (int i = 0; i < kAcceptBurst && AcceptOne(listen_fd); ++i) {
   }
 }
 
-bool Listener::AcceptOne() {
+bool Listener::AcceptOne(int listen_fd) {
   Endpoint peer;
-  const int fd = Accept(&peer);
+  const int fd = Accept(listen_fd, &peer);
   if (fd >= 0) {
     Admit(fd, peer);
     return true;
   }
-  if (OutOfDescriptors(errno)) return AcceptWithReserve();
+  if (OutOfDescriptors(errno)) return AcceptWithReserve(listen_fd);
   // Everything else is about that one connection, which is gone.
   return errno != EAGAIN && errno != EWOULDBLOCK;
-}
-
-int Listener::Accept(Endpoint* peer) const {
-  sockaddr_storage address = {};
-  socklen_t length = sizeof(address);
-  const int fd = accept4(listen_fd_, reinterpret_cast<sockaddr*>(&address), &length,
-                         SOCK_NONBLOCK | SOCK_CLOEXEC);
-  if (fd >= 0) *peer = ToEndpoint(address);
-  return fd;
 }
 
 // Takes the connection with the descriptor that was kept for this, and closes it: else it would sit
 // in the queue and its client would wait for nothing. It stays when there are descriptors again.
 // Another thread may be faster to take the reserve, and a lack of kernel memory leaves none: then
 // it is tried again, after a rest.
-bool Listener::AcceptWithReserve() {
-  if (reserve_fd_ >= 0) close(reserve_fd_);
+bool Listener::AcceptWithReserve(int listen_fd) {
+  reserve_ = Descriptor();
   Endpoint peer;
-  const int fd = Accept(&peer);
+  const int fd = Accept(listen_fd, &peer);
   const bool failed = fd < 0 && errno != EAGAIN && errno != EWOULDBLOCK;
-  reserve_fd_ = OpenReserve();
-  if (fd >= 0 && reserve_fd_ >= 0) {
+  reserve_ = OpenReserve();
+  if (fd >= 0 && reserve_.get() >= 0) {
     Admit(fd, peer);
   } else if (fd >= 0) {
     Shed(ShedReason::kNoFileDescriptors);  // before its client can know
     close(fd);
-    reserve_fd_ = OpenReserve();
+    reserve_ = OpenReserve();
   } else if (failed) {
-    pollfd wake = {wake_fd_, POLLIN, 0};
+    pollfd wake = {wake_.get(), POLLIN, 0};
     poll(&wake, 1, kRetryMs);
   }
   return fd >= 0;
 }
 
 void Listener::Admit(int fd, const Endpoint& peer) {
-  const bool own = TakeOwn(peer);
-  if (!own && !Register(fd, peer)) {
-    close(fd);
-    return;
-  }
   const int on = 1;
   setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
-  handler_(fd, own);
+  if (GiveToSelf(fd, peer)) return;
+  if (Register(fd, peer)) {
+    handler_(fd);
+  } else {
+    close(fd);
+  }
 }
 
 bool Listener::Register(int fd, const Endpoint& peer) {
@@ -224,35 +242,55 @@ void Listener::Remove(std::unordered_map<int, Connection>::iterator connection) 
   connections_.erase(connection);
 }
 
-bool Listener::TakeOwn(const Endpoint& peer) {
+bool Listener::GiveToSelf(int fd, const Endpoint& peer) {
   MutexLock lock(&mutex_);
-  return std::erase(own_, peer) > 0;
+  const auto found = std::find_if(expected_.begin(), expected_.end(),
+                                  [&peer](const Expected* e) { return e->source == peer; });
+  if (found == expected_.end()) return false;
+  (*found)->accepted.set_value(Descriptor(fd));
+  expected_.erase(found);
+  return true;
 }
 
-absl::StatusOr<int> Listener::ConnectToSelf(absl::Duration timeout) {
-  const std::string ip = ReachableIp(local_);
-  sockaddr_storage address;
-  const socklen_t length = ToSockaddr(ip, 0, &address);
-  const int fd = socket(address.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  if (fd < 0) return ErrnoError("socket");
-  auto close_fd = absl::MakeCleanup([fd] { close(fd); });
-  if (bind(fd, reinterpret_cast<sockaddr*>(&address), length) != 0) return ErrnoError("bind");
-  const Endpoint source = LocalEndpoint(fd);
+absl::Status Listener::ConnectExpected(int fd, Expected* expected, absl::Duration timeout) {
   {
     MutexLock lock(&mutex_);
-    own_.push_back(source);
+    expected_.push_back(expected);
   }
-  // Bounds connect() too.
+  // Bounds connect().
   const timeval limit = absl::ToTimeval(timeout);
   setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
-  ToSockaddr(ip, local_.port, &address);
+  sockaddr_storage address;
+  const socklen_t length = ToSockaddr(expected->source.ip, local_.port, &address);
   if (connect(fd, reinterpret_cast<sockaddr*>(&address), length) != 0) {
-    const absl::Status error = ErrnoError("connect to the own listener");
-    TakeOwn(source);
-    return error;
+    return ErrnoError("connect to the own listener");
   }
-  std::move(close_fd).Cancel();
-  return fd;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<OwnConnection> Listener::ConnectToSelf(absl::Duration timeout) {
+  sockaddr_storage address;
+  const socklen_t length = ToSockaddr(ReachableIp(local_), 0, &address);
+  OwnConnection ends;
+  ends.client = Descriptor(socket(address.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  const int fd = ends.client.get();
+  if (fd < 0) return ErrnoError("socket");
+  if (bind(fd, reinterpret_cast<sockaddr*>(&address), length) != 0) return ErrnoError("bind");
+  Expected expected{LocalEndpoint(fd), {}};
+  std::future<Descriptor> accepted = expected.accepted.get_future();
+  // Nothing is expected any more before the source address can be another's.
+  const auto forget = absl::MakeCleanup([&] {
+    MutexLock lock(&mutex_);
+    expected_.remove(&expected);
+  });
+  HEADSTART_RETURN_IF_ERROR(ConnectExpected(fd, &expected, timeout));
+  if (accepted.wait_for(absl::ToChronoMilliseconds(timeout)) != std::future_status::ready) {
+    return absl::UnavailableError("the own listener takes no connection");
+  }
+  ends.server = accepted.get();
+  HEADSTART_RETURN_IF_ERROR(ProveConnected(ends, timeout));
+  fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+  return ends;
 }
 
 }  // namespace headstart

@@ -5,6 +5,8 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <future>
+#include <list>
 #include <map>
 #include <memory>
 #include <string>
@@ -36,13 +38,22 @@ struct ListenerStats {
   std::array<int64_t, kShedReasonNames.size()> shed = {};
 };
 
+// Both ends of a connection of the server with itself, not blocking.
+struct OwnConnection {
+  Descriptor client;
+  Descriptor server;
+};
+
 class Listener {
  public:
-  // Gets a connected, non-blocking socket to keep. `own`: ConnectToSelf made it.
-  using Handler = std::function<void(int fd, bool own)>;
+  // Gets a connected, non-blocking socket to keep.
+  using Handler = std::function<void(int fd)>;
 
-  // Listens; connections wait until Start.
+  // Listens on every address of the host; connections wait until Start.
   static absl::StatusOr<std::unique_ptr<Listener>> Create(const HostPort& address,
+                                                          const ListenerLimits& limits);
+  // The same with sockets that listen already, one at least.
+  static absl::StatusOr<std::unique_ptr<Listener>> Create(std::vector<Descriptor> sockets,
                                                           const ListenerLimits& limits);
   ~Listener();
   Listener(const Listener&) = delete;
@@ -55,13 +66,14 @@ class Listener {
   void Stop();
 
   int port() const { return local_.port; }
-  int fd() const { return listen_fd_; }
+  int fd() const { return sockets_.empty() ? -1 : sockets_.front().get(); }
   ListenerStats stats();
 
-  // A blocking socket, connected to this listener over the machine's own address, past the limits:
-  // for looking whether connections are still taken. Known to be ours by its source address, which
-  // the kernel gives to nobody else while we hold it.
-  absl::StatusOr<int> ConnectToSelf(absl::Duration timeout);
+  // Connects to this listener over the machine's own address, past the limits and the handler: for
+  // looking whether connections are still taken. The loop hands the accepted end back by its source
+  // address, which the kernel gives to nobody else while we hold it; and a secret that goes in at
+  // one end and comes out at the other one proves that both are of one connection.
+  absl::StatusOr<OwnConnection> ConnectToSelf(absl::Duration timeout);
 
  private:
   // One that was handed over. It belongs to others, who don't say when they close it; its inode
@@ -72,26 +84,32 @@ class Listener {
     std::string peer_ip;
   };
 
-  Listener(int listen_fd, int wake_fd, const ListenerLimits& limits);
+  // A ConnectToSelf that waits for the other end.
+  struct Expected {
+    Endpoint source;
+    std::promise<Descriptor> accepted;
+  };
+
+  Listener(std::vector<Descriptor> sockets, Descriptor wake, const ListenerLimits& limits);
   void Loop();
-  void AcceptAll();
+  void AcceptAll(int listen_fd);
   // False when there is nothing to accept.
-  bool AcceptOne();
-  bool AcceptWithReserve();
-  // A connected socket, or -1 with errno.
-  int Accept(Endpoint* peer) const;
+  bool AcceptOne(int listen_fd);
+  bool AcceptWithReserve(int listen_fd);
   void Admit(int fd, const Endpoint& peer);
   // Counts the connection in, or says why not.
   bool Register(int fd, const Endpoint& peer);
   void Shed(ShedReason reason);
-  bool TakeOwn(const Endpoint& peer);
+  // True when the connection was expected, and is handed to who waits for it.
+  bool GiveToSelf(int fd, const Endpoint& peer);
+  absl::Status ConnectExpected(int fd, Expected* expected, absl::Duration timeout);
   void Sweep() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Remove(std::unordered_map<int, Connection>::iterator connection)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
-  int listen_fd_;
-  const int wake_fd_;
-  int reserve_fd_;  // given up for a moment when no other descriptor is left
+  std::vector<Descriptor> sockets_;
+  const Descriptor wake_;
+  Descriptor reserve_;  // given up for a moment when no other descriptor is left
   const Endpoint local_;
   const ListenerLimits limits_;
   Handler handler_;
@@ -100,7 +118,7 @@ class Listener {
   Mutex mutex_;
   std::unordered_map<int, Connection> connections_ ABSL_GUARDED_BY(mutex_);  // by descriptor
   std::map<std::string, int64_t> by_peer_ ABSL_GUARDED_BY(mutex_);
-  std::vector<Endpoint> own_ ABSL_GUARDED_BY(mutex_);  // sources of ConnectToSelf
+  std::list<Expected*> expected_ ABSL_GUARDED_BY(mutex_);
   ListenerStats stats_ ABSL_GUARDED_BY(mutex_);
 };
 

@@ -1,132 +1,93 @@
 #include "server/ops/admin_server.h"
 
-#include <httplib.h>
+#include <unistd.h>
 
-#include <cerrno>
-#include <system_error>
-#include <thread>
+#include <limits>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/strip.h"
+#include "kernels/base/status_macros.h"
 #include "server/ops/status_report.h"
 
 namespace headstart {
 namespace {
 
-constexpr int kThreads = 8;
-constexpr time_t kClientTimeoutSeconds = 2;
-constexpr size_t kMaxRequestBodyBytes = 1024;
-constexpr char kText[] = "text/plain; charset=utf-8";
 constexpr char kPrometheusText[] = "text/plain; version=0.0.4; charset=utf-8";
 
-void AnswerStatus(const absl::Status& status, httplib::Response& response) {
-  response.status = status.ok() ? 200 : 503;
-  response.set_content(status.ok() ? "ok\n" : absl::StrCat(status.message(), "\n"), kText);
+HttpAnswer Plain(const absl::Status& status) {
+  if (status.ok()) return {200, "ok\n"};
+  return {503, absl::StrCat(status.message(), "\n")};
 }
 
 // The page may use nothing but itself and this server, and nobody may frame it.
-void AnswerToBrowser(const std::string& body, const char* type, httplib::Response& response) {
-  response.set_header("Content-Security-Policy",
-                      "default-src 'self' 'unsafe-inline'; img-src data:; frame-ancestors 'none'");
-  response.set_header("X-Content-Type-Options", "nosniff");
-  response.set_header("Cache-Control", "no-store");
-  response.set_content(body, type);
+HttpAnswer ForBrowser(std::string body, const char* type) {
+  return {200,
+          std::move(body),
+          type,
+          {{"Content-Security-Policy",
+            "default-src 'self' 'unsafe-inline'; img-src data:; frame-ancestors 'none'"},
+           {"X-Content-Type-Options", "nosniff"},
+           {"Cache-Control", "no-store"}}};
 }
 
-bool IsFromThisMachine(const httplib::Request& request) {
-  absl::string_view address = request.remote_addr;
-  absl::ConsumePrefix(&address, "::ffff:");  // IPv4 through an IPv6 socket
-  return IsLoopback(std::string(address));
+std::vector<HttpRoute> MakeRoutes(const AdminHandlers& handlers) {
+  const auto metrics = [h = handlers.metrics] { return HttpAnswer{200, h(), kPrometheusText}; };
+  const auto live = [h = handlers.live] { return Plain(h()); };
+  const auto ready = [h = handlers.ready] { return Plain(h()); };
+  const auto version = [h = handlers.version] { return HttpAnswer{200, h(), "application/json"}; };
+  const auto page = [] { return ForBrowser(StatusPage(), "text/html; charset=utf-8"); };
+  const auto status = [h = handlers.status] { return ForBrowser(h(), "application/json"); };
+  const auto drain = [h = handlers.drain] {
+    h();
+    return HttpAnswer{202, "draining\n"};
+  };
+  return {{.method = "GET", .path = "/metrics", .answer = metrics, .slow = true},
+          {.method = "GET", .path = "/healthz", .answer = live, .slow = true},
+          {.method = "GET", .path = "/readyz", .answer = ready, .slow = true},
+          {.method = "GET", .path = "/version", .answer = version},
+          {.method = "GET", .path = "/", .answer = page},
+          {.method = "GET", .path = "/status.json", .answer = status, .slow = true},
+          {.method = "POST", .path = "/drain", .answer = drain, .only_local = true}};
 }
 
-void SetRoutes(httplib::Server& http, const AdminHandlers& handlers) {
-  using httplib::Request;
-  using httplib::Response;
-  http.Get("/metrics", [&handlers](const Request&, Response& response) {
-    response.set_content(handlers.metrics(), kPrometheusText);
-  });
-  http.Get("/healthz", [&handlers](const Request&, Response& response) {
-    AnswerStatus(handlers.live(), response);
-  });
-  http.Get("/readyz", [&handlers](const Request&, Response& response) {
-    AnswerStatus(handlers.ready(), response);
-  });
-  http.Get("/version", [&handlers](const Request&, Response& response) {
-    response.set_content(handlers.version(), "application/json");
-  });
-  http.Get("/", [](const Request&, Response& response) {
-    AnswerToBrowser(StatusPage(), "text/html; charset=utf-8", response);
-  });
-  http.Get("/status.json", [&handlers](const Request&, Response& response) {
-    AnswerToBrowser(handlers.status(), "application/json", response);
-  });
-  http.Post("/drain", [&handlers](const Request& request, Response& response) {
-    if (!IsFromThisMachine(request)) {
-      response.status = 403;
-      response.set_content("only from this machine\n", kText);
-      return;
-    }
-    handlers.drain();
-    response.status = 202;
-    response.set_content("draining\n", kText);
-  });
-}
-
-void SetLimits(httplib::Server& http) {
-  http.new_task_queue = [] { return new httplib::ThreadPool(kThreads); };
-  http.set_read_timeout(kClientTimeoutSeconds);
-  http.set_write_timeout(kClientTimeoutSeconds);
-  // One request a connection: one that idles holds a thread, which probes need more than browsers.
-  http.set_keep_alive_timeout(kClientTimeoutSeconds);
-  http.set_keep_alive_max_count(1);
-  http.set_payload_max_length(kMaxRequestBodyBytes);
-  // The library's default also sets SO_REUSEPORT, with which a taken port goes unnoticed.
-  http.set_socket_options([](socket_t fd) {
-    const int on = 1;
-    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
-  });
+// The HTTP server closes old connections for new ones.
+ListenerLimits NoLimits() {
+  constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
+  return {kAny, kAny};
 }
 
 }  // namespace
 
-struct AdminServer::State {
-  AdminHandlers handlers;
-  httplib::Server http;
-  int port = 0;
-  std::thread thread;
-};
+AdminServer::AdminServer(const AdminHandlers& handlers) : http_(MakeRoutes(handlers)) {}
+
+absl::Status AdminServer::Listen(const HostPort& address, const std::string& socket_path) {
+  HEADSTART_ASSIGN_OR_RETURN(network_, Listener::Create(address, NoLimits()));
+  if (socket_path.empty()) return absl::OkStatus();
+  std::vector<Descriptor> sockets(1);
+  HEADSTART_ASSIGN_OR_RETURN(sockets[0], ListenOnPath(socket_path));
+  socket_path_ = socket_path;
+  HEADSTART_ASSIGN_OR_RETURN(local_, Listener::Create(std::move(sockets), NoLimits()));
+  return absl::OkStatus();
+}
 
 absl::StatusOr<std::unique_ptr<AdminServer>> AdminServer::Start(const HostPort& address,
-                                                                AdminHandlers handlers) {
-  auto state = std::make_unique<State>();
-  state->handlers = std::move(handlers);
-  SetRoutes(state->http, state->handlers);
-  SetLimits(state->http);
-  errno = 0;
-  if (address.port == 0) {
-    state->port = state->http.bind_to_any_port(address.host);
-  } else {
-    state->port = state->http.bind_to_port(address.host, address.port) ? address.port : -1;
+                                                                const std::string& socket_path,
+                                                                const AdminHandlers& handlers) {
+  std::unique_ptr<AdminServer> server(new AdminServer(handlers));
+  HEADSTART_RETURN_IF_ERROR(server->Listen(address, socket_path));
+  HttpServer& http = server->http_;
+  server->network_->Start([&http](int fd) { http.Serve(fd, /*local=*/false); });
+  if (server->local_ != nullptr) {
+    server->local_->Start([&http](int fd) { http.Serve(fd, /*local=*/true); });
   }
-  if (state->port < 0) {
-    return absl::UnavailableError(absl::StrCat(
-        "can't listen on ", address.host, ":", address.port,
-        " (admin): ", errno != 0 ? std::generic_category().message(errno) : "unknown host"));
-  }
-  httplib::Server* http = &state->http;
-  state->thread = std::thread([http] { http->listen_after_bind(); });
-  while (!http->is_running()) std::this_thread::yield();  // before that, stop() would do nothing
-  return std::unique_ptr<AdminServer>(new AdminServer(std::move(state)));
+  return server;
 }
-
-AdminServer::AdminServer(std::unique_ptr<State> state) : state_(std::move(state)) {}
 
 AdminServer::~AdminServer() {
-  state_->http.stop();
-  state_->thread.join();
+  if (network_ != nullptr) network_->Stop();
+  if (local_ != nullptr) local_->Stop();
+  if (!socket_path_.empty()) unlink(socket_path_.c_str());
 }
-
-int AdminServer::port() const { return state_->port; }
 
 }  // namespace headstart

@@ -1,5 +1,5 @@
-// HTTP for operators: the status page, /metrics, /healthz, /readyz, /version, and POST /drain from
-// this machine.
+// HTTP for operators: the status page, /metrics, /healthz, /readyz, /version; and POST /drain,
+// through a Unix socket only.
 #pragma once
 
 #include <functional>
@@ -8,11 +8,12 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "server/net/socket.h"
+#include "server/net/http_server.h"
+#include "server/net/listener.h"
 
 namespace headstart {
 
-// Called on the admin server's threads, several at once.
+// Called on the admin server's threads, several at once, but none twice at once.
 struct AdminHandlers {
   std::function<std::string()> metrics;
   std::function<absl::Status()> live;    // OK: 200, else 503 with the message
@@ -24,18 +25,25 @@ struct AdminHandlers {
 
 class AdminServer {
  public:
-  // UNAVAILABLE when the port is taken; names it.
+  // `socket_path`: a Unix socket for processes of this user, where POST /drain is answered as well;
+  // a web page can't reach it, nor a proxy that takes what comes over the network for local. Empty:
+  // none. UNAVAILABLE when the port or the path is taken; names it.
   static absl::StatusOr<std::unique_ptr<AdminServer>> Start(const HostPort& address,
-                                                            AdminHandlers handlers);
+                                                            const std::string& socket_path,
+                                                            const AdminHandlers& handlers);
   // Waits for requests that are being answered.
   ~AdminServer();
 
-  int port() const;
+  int port() const { return network_->port(); }
 
  private:
-  struct State;
-  explicit AdminServer(std::unique_ptr<State> state);
-  std::unique_ptr<State> state_;
+  explicit AdminServer(const AdminHandlers& handlers);
+  absl::Status Listen(const HostPort& address, const std::string& socket_path);
+
+  HttpServer http_;
+  std::unique_ptr<Listener> network_;
+  std::unique_ptr<Listener> local_;  // null: none
+  std::string socket_path_;
 };
 
 }  // namespace headstart

@@ -192,6 +192,15 @@ inline constexpr MetricSpec kConnectionsShed{MetricType::kCounter,
                                              "headstart_connections_shed_total", "reason",
                                              "Connections closed at once because of a limit"};
 
+inline constexpr MetricSpec kTlsNotAfter{
+    MetricType::kGauge, "headstart_tls_certificate_not_after_seconds", "certificate",
+    "Unix time at which the certificate that is in use ends; client_ca: the last one of the "
+    "bundle; "
+    "absent without TLS"};
+inline constexpr MetricSpec kTlsReloads{
+    MetricType::kCounter, "headstart_tls_reloads_total", "result",
+    "Looks at certificate files that found new ones and took them, or found what can't be used"};
+
 inline constexpr MetricSpec kTraceSpansExported{MetricType::kCounter,
                                                 "headstart_trace_spans_exported_total", "",
                                                 "Spans that the collector of traces has taken"};
@@ -273,6 +282,8 @@ inline constexpr std::array kAll = {kRequests,
                                     kConnections,
                                     kConnectionsAccepted,
                                     kConnectionsShed,
+                                    kTlsNotAfter,
+                                    kTlsReloads,
                                     kTraceSpansExported,
                                     kTraceSpansDropped,
                                     kProcessCpu,

@@ -90,6 +90,22 @@ std::vector<MetricFamily> SampleKvMemory(const MetricsSnapshot& s) {
   };
 }
 
+std::vector<MetricFamily> SampleTls(const MetricsSnapshot& s) {
+  std::vector<Sample> not_after;
+  const auto add = [&not_after](const char* certificate, const std::optional<int64_t>& time) {
+    if (!time.has_value()) return;
+    not_after.push_back({{{"certificate", certificate}}, static_cast<double>(*time)});
+  };
+  add("server", s.certificate_not_after);
+  add("client_ca", s.client_ca_not_after);
+  const auto looks = [](const char* result, int64_t count) {
+    return Sample{{{"result", result}}, static_cast<double>(count)};
+  };
+  return {Family(metric::kTlsNotAfter, not_after),
+          Family(metric::kTlsReloads, {looks("loaded", s.certificates_loaded),
+                                       looks("rejected", s.certificates_rejected)})};
+}
+
 // Fields of /proc/self/stat from the third on: the second, the command's name, may hold blanks.
 std::vector<std::string> StatFields() {
   std::ifstream file("/proc/self/stat");
@@ -125,6 +141,7 @@ int64_t CountOpenFds() {
 std::vector<MetricFamily> SampleServer(const std::string& model, const MetricsSnapshot& s) {
   std::vector<MetricFamily> families = SampleScheduler(model, s);
   for (MetricFamily& family : SampleKvMemory(s)) families.push_back(std::move(family));
+  for (MetricFamily& family : SampleTls(s)) families.push_back(std::move(family));
   std::vector<Sample> shed;
   for (const auto& [reason, count] : s.connections_shed) {
     shed.push_back({{{"reason", reason}}, static_cast<double>(count)});

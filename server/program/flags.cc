@@ -152,9 +152,11 @@ void AddListenerOptions(CLI::App* app, ServerOptions* o) {
   OptionGroup group(app, "Listeners");
   group.Add("listen", &o->listen,
             "Address of the gRPC service, host:port; port 0 takes a free one");
-  group.Add(
-      "admin-listen", &o->admin_listen,
-      "Address of the status page, /metrics, /healthz, /readyz, /version and /drain; empty: none");
+  group.Add("admin-listen", &o->admin_listen,
+            "Address of the status page, /metrics, /healthz, /readyz and /version; empty: none");
+  group.Add("admin-socket", &o->admin_socket,
+            "Unix socket for the same and POST /drain, open to processes of this user only; empty: "
+            "none");
   group.Add("port-file", &o->port_file, "File that gets the chosen ports, as JSON");
   group.Add("fetch-address", &o->fetch_address,
             "host:port under which clients reach FetchKv of this server; empty: where they called");

@@ -66,12 +66,26 @@ absl::StatusOr<GrpcServer> BuildGrpcServer(const ServerOptions& options, bool re
   GrpcServer out;
   out.acceptor = builder.experimental().AddExternalConnectionAcceptor(ConnectionType::FROM_FD,
                                                                       std::move(credentials));
-  out.own_acceptor = builder.experimental().AddExternalConnectionAcceptor(
-      ConnectionType::FROM_FD, grpc::InsecureServerCredentials());
   out.server = builder.BuildAndStart();
-  if (out.server == nullptr) return absl::InternalError("gRPC did not start a server");
+  grpc::ServerBuilder own;
+  own.SetOption(std::make_unique<WithoutReflection>());
+  out.no_service = std::make_unique<grpc::CallbackGenericService>();
+  own.RegisterCallbackGenericService(out.no_service.get());
+  out.own_acceptor = own.experimental().AddExternalConnectionAcceptor(
+      ConnectionType::FROM_FD, grpc::InsecureServerCredentials());
+  out.own_server = own.BuildAndStart();
+  if (out.server == nullptr || out.own_server == nullptr) {
+    return absl::InternalError("gRPC did not start a server");
+  }
   SetServing(*out.server, false);
   return out;
+}
+
+void Serve(GrpcServer::Acceptor& acceptor, int listener_fd, int fd) {
+  GrpcServer::Acceptor::NewConnectionParameters connection;
+  connection.listener_fd = listener_fd;
+  connection.fd = fd;
+  acceptor.HandleNewConnection(&connection);
 }
 
 void SetServing(grpc::Server& server, bool serving) {

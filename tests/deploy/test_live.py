@@ -28,6 +28,14 @@ def model(tmp_path_factory):
     return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny", layers=8)
 
 
+def tls_flags(folder):
+    """Of a server with a certificate that it signed itself."""
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "30",
+                    "-subj", "/CN=localhost", "-keyout", folder / "tls.key", "-out", folder / "tls.crt"],
+                   check=True, capture_output=True)
+    return [f"--tls-cert={folder}/tls.crt", f"--tls-key={folder}/tls.key"]
+
+
 class Observed:
     """What was seen of one load: the client's side, the server's side, and Prometheus."""
 
@@ -37,7 +45,8 @@ def observed(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("live")
     seen = Observed()
     with Server(model, folder, "steady", *LIMITS) as steady, Server(model, folder, "leaving", *PATIENT) as leaving, \
-            Prometheus([steady.admin, leaving.admin], folder) as prometheus:
+            Server(model, folder, "secure", *tls_flags(folder)) as secure, \
+            Prometheus([steady.admin, leaving.admin, secure.admin], folder) as prometheus:
         seen.prometheus, seen.steady, seen.leaving = prometheus, steady, leaving
         load = Load(steady.target)
         time.sleep(LOAD_SECONDS)

@@ -3,11 +3,13 @@
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <netdb.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <cstring>
 #include <string>
 #include <thread>
 #include <vector>
@@ -33,9 +35,9 @@ class ListenerTest : public ::testing::Test {
     auto listener = Listener::Create({host, 0}, limits);
     ASSERT_OK(listener);
     listener_ = *std::move(listener);
-    listener_->Start([this](int fd, bool own) {
+    listener_->Start([this](int fd) {
       MutexLock lock(&mutex_);
-      (own ? own_ : accepted_).push_back(fd);
+      accepted_.push_back(fd);
       changed_.SignalAll();
     });
   }
@@ -77,9 +79,7 @@ class ListenerTest : public ::testing::Test {
   void CloseAccepted() {
     MutexLock lock(&mutex_);
     for (const int fd : accepted_) close(fd);
-    for (const int fd : own_) close(fd);
     accepted_.clear();
-    own_.clear();
   }
 
   std::unique_ptr<Listener> listener_;
@@ -87,7 +87,6 @@ class ListenerTest : public ::testing::Test {
   Mutex mutex_;
   CondVar changed_;
   std::vector<int> accepted_ ABSL_GUARDED_BY(mutex_);
-  std::vector<int> own_ ABSL_GUARDED_BY(mutex_);
 };
 
 TEST_F(ListenerTest, TakenPortIsAnErrorThatNamesIt) {
@@ -139,20 +138,69 @@ TEST_F(ListenerTest, OnePeerCanNotTakeAllConnections) {
 
 class ListenerSelfTest : public ListenerTest, public ::testing::WithParamInterface<const char*> {};
 
-TEST_P(ListenerSelfTest, KnowsItsOwnConnectionsAndTakesThemAboveTheLimit) {
+TEST_P(ListenerSelfTest, HandsItsOwnConnectionsBackAboveTheLimit) {
   Start({.max_connections = 1}, GetParam());
   Connect();
   WaitForAccepted(1);
-  auto fd = listener_->ConnectToSelf(absl::Seconds(5));
-  ASSERT_OK(fd);
-  clients_.push_back(*fd);
-  MutexLock lock(&mutex_);
-  while (own_.empty()) changed_.Wait(&mutex_);
-  EXPECT_EQ(own_.size(), 1u);
+  auto own = listener_->ConnectToSelf(absl::Seconds(5));
+  ASSERT_OK(own);
+  EXPECT_EQ(write(own->server.get(), "x", 1), 1);
+  pollfd waiting = {own->client.get(), POLLIN, 0};
+  char byte = 0;
+  EXPECT_EQ(poll(&waiting, 1, 5000), 1);
+  EXPECT_EQ(read(own->client.get(), &byte, 1), 1);
+  EXPECT_EQ(byte, 'x');
+  EXPECT_EQ(listener_->stats().accepted, 1);
 }
 
 INSTANTIATE_TEST_SUITE_P(Hosts, ListenerSelfTest,
                          ::testing::Values("127.0.0.1", "0.0.0.0", "localhost"));
+
+TEST_F(ListenerTest, ListensOnEveryAddressOfAName) {
+  Start({}, "localhost");
+  addrinfo hints = {}, *infos = nullptr;
+  hints.ai_socktype = SOCK_STREAM;
+  ASSERT_EQ(getaddrinfo("localhost", std::to_string(listener_->port()).c_str(), &hints, &infos), 0);
+  size_t here = 0;
+  for (const addrinfo* info = infos; info != nullptr; info = info->ai_next) {
+    const Descriptor free(socket(info->ai_family, SOCK_STREAM, 0));
+    sockaddr_storage any = {};
+    std::memcpy(&any, info->ai_addr, info->ai_addrlen);
+    // Both kinds of addresses have their port there.
+    reinterpret_cast<sockaddr_in*>(&any)->sin_port = 0;
+    if (bind(free.get(), reinterpret_cast<sockaddr*>(&any), info->ai_addrlen) != 0) continue;
+    clients_.push_back(socket(info->ai_family, SOCK_STREAM, 0));
+    EXPECT_EQ(connect(clients_.back(), info->ai_addr, info->ai_addrlen), 0);
+    ++here;
+  }
+  freeaddrinfo(infos);
+  EXPECT_GE(here, 1u);
+  WaitForAccepted(here);
+}
+
+// A port that is taken on one of a name's addresses is taken.
+TEST_F(ListenerTest, WantsEveryAddressOfAName) {
+  Start({}, "127.0.0.1");
+  EXPECT_THAT(Listener::Create({"localhost", listener_->port()}, {}),
+              StatusIs(absl::StatusCode::kUnavailable, HasSubstr("localhost")));
+}
+
+// A check that ended leaves nothing by which others could pass for it.
+TEST_F(ListenerTest, ExpectsNoOwnConnectionAfterItsCheck) {
+  auto listener = Listener::Create({"127.0.0.1", 0}, {});
+  ASSERT_OK(listener);
+  listener_ = *std::move(listener);
+  // Not started: the connection waits in the queue, and is gone when the loop comes to it.
+  EXPECT_THAT(listener_->ConnectToSelf(absl::Milliseconds(50)),
+              StatusIs(absl::StatusCode::kUnavailable));
+  listener_->Start([this](int fd) {
+    MutexLock lock(&mutex_);
+    accepted_.push_back(fd);
+    changed_.SignalAll();
+  });
+  WaitForAccepted(1);  // as anybody's
+  EXPECT_EQ(listener_->stats().accepted, 1);
+}
 
 // No descriptor from `limit` on can be had while this lives.
 class DescriptorLimit {
@@ -213,7 +261,7 @@ TEST_F(ListenerTest, GetsALostReserveBack) {
   const int early = Socket(), late = Socket();
   const int open_before = CountOpenDescriptors();
   {
-    const DescriptorLimit nothing(3);
+    const DescriptorLimit nothing(3);  // what poll needs
     ConnectFrom(early, "127.0.0.1");
     while (CountOpenDescriptors() == open_before) std::this_thread::yield();
   }

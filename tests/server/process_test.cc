@@ -2,7 +2,6 @@
 #include <arpa/inet.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <httplib.h>
 #include <netinet/in.h>
 #include <signal.h>
 #include <sys/socket.h>
@@ -79,10 +78,8 @@ class ProcessTest : public ::testing::Test {
     }
   }
 
-  int Http(const std::string& path, bool post = false) const {
-    httplib::Client client("127.0.0.1", admin_port_);
-    const auto answer = post ? client.Post(path) : client.Get(path);
-    return answer ? answer->status : 0;
+  int Http(const std::string& path) const {
+    return Exchange(admin_port_, HttpHead("GET", path)).status;
   }
 
   grpc::Status Call() const {
@@ -151,13 +148,12 @@ TEST_F(ProcessTest, BadModelExitsWithThreeAndNamesIt) {
 // A socket that listens on a free port, for others to find taken.
 class TakenPort {
  public:
-  TakenPort() : fd_(*ListenOn({"127.0.0.1", 0})) {}
-  ~TakenPort() { close(fd_); }
-  int port() const { return LocalEndpoint(fd_).port; }
+  TakenPort() : sockets_(*ListenOn({"127.0.0.1", 0})) {}
+  int port() const { return LocalEndpoint(sockets_.front().get()).port; }
   std::string address() const { return absl::StrCat("127.0.0.1:", port()); }
 
  private:
-  int fd_;
+  const std::vector<Descriptor> sockets_;
 };
 
 TEST_F(ProcessTest, TakenPortExitsWithFourBeforeTheModelIsTouched) {
@@ -232,14 +228,16 @@ TEST_F(ProcessTest, InspectSaysTheSameInJsonAndInWords) {
 
 TEST_F(ProcessTest, SignalsAndDrainEndAnIdleServerWithZero) {
   for (const int signal : {SIGTERM, SIGINT, 0}) {
-    StartServer();
+    const std::string admin = dir_ / "admin";
+    StartServer({"--admin-socket", admin});
     EXPECT_TRUE(Call().ok());
     if (signal != 0) {
       child_->Signal(signal);
     } else {
-      EXPECT_EQ(Http("/drain", /*post=*/true), 202);
+      EXPECT_EQ(Exchange(admin, HttpHead("POST", "/drain")).status, 202);
     }
     EXPECT_EQ(child_->Wait(), kExitOk) << child_->Output();
+    EXPECT_NE(access(admin.c_str(), F_OK), 0);
     unlink((dir_ / "ports").c_str());
   }
 }
@@ -293,10 +291,9 @@ int ServingPort(const std::string& port_file) {
     in.open(port_file);
   }
   const auto ports = nlohmann::json::parse(in);
-  httplib::Client admin("127.0.0.1", static_cast<int>(ports["admin_port"]));
-  for (auto ready = admin.Get("/readyz"); !ready || ready->status != 200;) {
+  const std::string ready = HttpHead("GET", "/readyz");
+  while (Exchange(static_cast<int>(ports["admin_port"]), ready).status != 200) {
     absl::SleepFor(absl::Milliseconds(5));
-    ready = admin.Get("/readyz");
   }
   return ports["port"];
 }

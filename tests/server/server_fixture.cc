@@ -1,7 +1,6 @@
 #include "tests/server/server_fixture.h"
 
 #include <grpcpp/generic/generic_stub.h>
-#include <httplib.h>
 
 #include <future>
 #include <utility>
@@ -136,14 +135,8 @@ std::string ServerTest::Health(const std::string& service) const {
   return text == "\x08\x02" ? "NOT_SERVING" : "unknown";
 }
 
-ServerTest::HttpAnswer ServerTest::Get(const std::string& path) const {
-  const auto answer = httplib::Client("127.0.0.1", server_->admin_port()).Get(path);
-  return answer ? HttpAnswer{answer->status, answer->body} : HttpAnswer{};
-}
-
-ServerTest::HttpAnswer ServerTest::Post(const std::string& path) const {
-  const auto answer = httplib::Client("127.0.0.1", server_->admin_port()).Post(path);
-  return answer ? HttpAnswer{answer->status, answer->body} : HttpAnswer{};
+HttpReply ServerTest::Get(const std::string& path) const {
+  return Exchange(server_->admin_port(), HttpHead("GET", path));
 }
 
 double ServerTest::Metric(const std::string& series) const {

@@ -12,6 +12,7 @@
 
 #include "google/rpc/error_details.pb.h"
 #include "headstart/v1/prefill.grpc.pb.h"
+#include "tests/server/http_client.h"
 #include "tests/testing/test_server.h"
 
 namespace headstart::testing {
@@ -59,13 +60,8 @@ class ServerTest : public ::testing::Test, protected TestServer {
   // grpc.health.v1.Health/Check of the service; what it says, or the error as text.
   std::string Health(const std::string& service = "") const;
 
-  // GET or POST on the admin server: status and body.
-  struct HttpAnswer {
-    int status = 0;
-    std::string body;
-  };
-  HttpAnswer Get(const std::string& path) const;
-  HttpAnswer Post(const std::string& path) const;
+  // GET on the admin server.
+  HttpReply Get(const std::string& path) const;
   // The value of a line of /metrics, given all before the blank; -1 when there is none.
   double Metric(const std::string& series) const;
 

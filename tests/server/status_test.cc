@@ -1,7 +1,6 @@
 // The status page and the JSON that it draws.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <httplib.h>
 
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -215,38 +214,32 @@ TEST_F(StatusTest, AnswersWhileTheModelLoads) {
 
 TEST_F(StatusTest, PageUsesNothingFromElsewhere) {
   Start();
-  httplib::Client client("127.0.0.1", server_->admin_port());
-  const auto page = client.Get("/");
-  ASSERT_TRUE(page);
-  EXPECT_EQ(page->status, 200);
-  EXPECT_EQ(page->get_header_value("Content-Type"), "text/html; charset=utf-8");
-  EXPECT_EQ(page->get_header_value("Cache-Control"), "no-store");
-  EXPECT_THAT(page->get_header_value("Content-Security-Policy"),
+  const HttpReply page = Get("/");
+  EXPECT_EQ(page.status, 200);
+  EXPECT_EQ(page.Header("Content-Type"), "text/html; charset=utf-8");
+  EXPECT_EQ(page.Header("Cache-Control"), "no-store");
+  EXPECT_THAT(page.Header("Content-Security-Policy"),
               HasSubstr("default-src 'self' 'unsafe-inline'"));
-  EXPECT_THAT(page->body, HasSubstr("fetch(\"status.json\""));
+  EXPECT_THAT(page.body, HasSubstr("fetch(\"status.json\""));
   // The one address is the name of SVG's elements.
-  std::string rest = page->body;
+  std::string rest = page.body;
   const std::string svg = "\"http://www.w3.org/2000/svg\"";
   ASSERT_NE(rest.find(svg), std::string::npos);
   rest.erase(rest.find(svg), svg.size());
   for (const char* elsewhere : {"http:", "https:", "//cdn", "@import", "url(", "innerHTML"}) {
     EXPECT_EQ(rest.find(elsewhere), std::string::npos) << elsewhere;
   }
-  const auto head = client.Head("/status.json");
-  ASSERT_TRUE(head);
-  EXPECT_EQ(head->status, 200);
-  EXPECT_EQ(head->get_header_value("Cache-Control"), "no-store");
-  EXPECT_EQ(client.Post("/")->status, 404);
+  const int port = server_->admin_port();
+  const HttpReply head = Exchange(port, HttpHead("HEAD", "/status.json"));
+  EXPECT_EQ(head.status, 200);
+  EXPECT_EQ(head.Header("Cache-Control"), "no-store");
+  EXPECT_EQ(Exchange(port, HttpHead("POST", "/")).status, 405);
 }
 
-// Each would hold a thread of eight while it idles, and probes would wait.
 TEST_F(StatusTest, BrowsersKeepNoConnection) {
   Start();
-  httplib::Client client("127.0.0.1", server_->admin_port());
-  client.set_keep_alive(true);
-  const auto answer = client.Get("/status.json");
-  ASSERT_TRUE(answer);
-  EXPECT_EQ(answer->get_header_value("Connection"), "close");
+  const std::string keep = HttpHead("GET", "/status.json", "Connection: keep-alive\r\n");
+  EXPECT_EQ(Exchange(server_->admin_port(), keep).Header("Connection"), "close");
 }
 
 }  // namespace

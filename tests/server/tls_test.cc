@@ -1,11 +1,17 @@
 // TLS and mTLS with real certificates.
 #include "server/net/tls.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
+#include <filesystem>
+#include <memory>
+#include <optional>
 #include <string>
 
 #include "kernels/base/instant.h"
+#include "server/net/self_check.h"
 #include "tests/server/certificates.h"
 #include "tests/server/fetching.h"
 #include "tests/server/server_fixture.h"
@@ -196,10 +202,10 @@ TEST_F(TlsTest, NamesTheFileThatIsWrong) {
   const auto expect_refused = [this](auto change, const std::string& file) {
     ServerTlsOptions tls = options_.tls;
     change(tls);
-    EXPECT_THAT(MakeCredentials(tls),
+    EXPECT_THAT(TlsIdentity::Load(tls),
                 StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(file)));
   };
-  EXPECT_OK(MakeCredentials(options_.tls));
+  EXPECT_OK(TlsIdentity::Load(options_.tls));
   const std::string garbage = dir_ / "garbage.pem";
   ASSERT_OK(WriteFile(garbage, "no PEM"));
   expect_refused([](auto& tls) { tls.cert_file = "/none.crt"; }, "/none.crt");
@@ -208,6 +214,117 @@ TEST_F(TlsTest, NamesTheFileThatIsWrong) {
   expect_refused([&](auto& tls) { tls.cert_file = garbage; }, "garbage.pem");
   expect_refused([&](auto& tls) { tls.key_file = garbage; }, "garbage.pem");
   expect_refused([&](auto& tls) { tls.key_file = authority_.key_file; }, "authority.key");
+  const Identity expired = MakeIdentity(dir_.path(), "past", authority_, "IP:127.0.0.1", -1);
+  expect_refused(
+      [&](auto& tls) {
+        tls.cert_file = expired.cert_file;
+        tls.key_file = expired.key_file;
+      },
+      "past.crt");
+  expect_refused([&](auto& tls) { tls.client_ca_file = expired.cert_file; }, "past.crt");
+  const std::string damaged = dir_ / "damaged.pem";
+  ASSERT_OK(WriteFile(damaged,
+                      ReadFile(authority_.cert_file) + "-----BEGIN CERTIFICATE-----\nno base64\n"));
+  expect_refused([&](auto& tls) { tls.client_ca_file = damaged; }, "damaged.pem");
+}
+
+TEST_F(TlsTest, BundleMayHoldAnOldAuthority) {
+  const Identity expired = MakeIdentity(dir_.path(), "past", authority_, "IP:127.0.0.1", -1);
+  options_.tls.client_ca_file = dir_ / "bundle.pem";
+  ASSERT_OK(WriteFile(options_.tls.client_ca_file,
+                      ReadFile(expired.cert_file) + ReadFile(authority_.cert_file)));
+  auto identity = TlsIdentity::Load(options_.tls);
+  ASSERT_OK(identity);
+  EXPECT_GT(*(*identity)->stats().client_ca_not_after, absl::Now());
+}
+
+// ---- a rotation that is not whole
+
+// What a rotation may leave for a while, or for ever.
+class HalfRotationTest : public TlsTest {
+ protected:
+  HalfRotationTest() : next_(MakeIdentity(dir_.path(), "next", authority_, "IP:127.0.0.1")) {
+    WantClientCertificates();
+    const std::string ca = dir_ / "ca.crt";
+    std::filesystem::copy(authority_.cert_file, ca);
+    options_.tls.client_ca_file = ca;
+  }
+
+  void ExpectRefusedAndServing(const std::string& file) {
+    EXPECT_THAT(identity_->Reload(), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(file)));
+    EXPECT_EQ(identity_->TakeChanged(), std::nullopt);
+  }
+
+  const Identity next_;
+  std::unique_ptr<TlsIdentity> identity_;
+};
+
+TEST_F(HalfRotationTest, LastGoodSetStaysUntilANewOneIsWhole) {
+  identity_ = *TlsIdentity::Load(options_.tls);
+  EXPECT_TRUE(identity_->TakeChanged().has_value());
+  EXPECT_FALSE(identity_->Reload().value());
+  EXPECT_EQ(identity_->TakeChanged(), std::nullopt);
+  const std::string good_cert = ReadFile(server_identity_.cert_file);
+  const std::string good_key = ReadFile(server_identity_.key_file);
+
+  ASSERT_OK(WriteFile(server_identity_.key_file, ReadFile(next_.key_file)));
+  ExpectRefusedAndServing("server.key");  // the certificate is still the old one
+  ASSERT_OK(WriteFile(server_identity_.key_file, good_key));
+  for (const char* bad : {"", "garbage", "-----BEGIN CERTIFICATE-----\nhalf"}) {
+    ASSERT_OK(WriteFile(server_identity_.cert_file, bad));
+    ExpectRefusedAndServing("server.crt");
+    ASSERT_OK(WriteFile(server_identity_.cert_file, good_cert));
+    ASSERT_OK(WriteFile(options_.tls.client_ca_file, bad));
+    ExpectRefusedAndServing("ca.crt");
+    ASSERT_OK(WriteFile(options_.tls.client_ca_file, ReadFile(authority_.cert_file)));
+  }
+  std::filesystem::remove(server_identity_.cert_file);
+  ExpectRefusedAndServing("server.crt");
+  EXPECT_EQ(identity_->stats().rejected, 8);
+  EXPECT_EQ(identity_->stats().loaded, 0);
+
+  Replace(server_identity_, next_);
+  EXPECT_TRUE(identity_->Reload().value());
+  EXPECT_TRUE(identity_->TakeChanged().has_value());
+  EXPECT_EQ(identity_->stats().loaded, 1);
+}
+
+TEST_F(HalfRotationTest, ServesOnAndSaysSo) {
+  Start();
+  const Identity client = MakeIdentity(dir_.path(), "client", authority_, "DNS:decode.example");
+  EXPECT_GT(Metric("headstart_tls_certificate_not_after_seconds{certificate=\"server\"}"),
+            static_cast<double>(absl::ToUnixSeconds(absl::Now())));
+  EXPECT_GT(Metric("headstart_tls_certificate_not_after_seconds{certificate=\"client_ca\"}"), 0);
+  ASSERT_OK(WriteFile(server_identity_.key_file, ReadFile(next_.key_file)));
+  EXPECT_TRUE(
+      ComesTrue([this] { return Metric("headstart_tls_reloads_total{result=\"rejected\"}") > 0; }));
+  EXPECT_TRUE(RunOn(Showing(client)).status.ok());
+  EXPECT_EQ(Get("/readyz").status, 200) << Get("/readyz").body;
+  Replace(server_identity_, next_);
+  EXPECT_TRUE(
+      ComesTrue([this] { return Metric("headstart_tls_reloads_total{result=\"loaded\"}") == 1; }));
+  EXPECT_TRUE(RunOn(Showing(client)).status.ok());
+  EXPECT_EQ(Get("/readyz").status, 200) << Get("/readyz").body;
+}
+
+// ---- readiness
+
+TEST_F(TlsTest, ReadinessGoesThroughTheHandshake) {
+  auto listener = Listener::Create({"127.0.0.1", 0}, {});
+  ASSERT_OK(listener);
+  (*listener)->Start([](int) {});
+  const auto check = [&](const Listener::Handler& serve) {
+    return CheckTlsHandshake(**listener, serve, absl::Milliseconds(500));
+  };
+  EXPECT_THAT(check([](int fd) { close(fd); }), StatusIs(absl::StatusCode::kUnavailable));
+  EXPECT_THAT(check([](int fd) {
+                EXPECT_EQ(write(fd, "HTTP/1.1 200 OK\r\n\r\n", 19), 19);
+                close(fd);
+              }),
+              StatusIs(absl::StatusCode::kUnavailable));
+  Descriptor silent;
+  EXPECT_THAT(check([&silent](int fd) { silent = Descriptor(fd); }),
+              StatusIs(absl::StatusCode::kUnavailable, HasSubstr("in time")));
 }
 
 }  // namespace
