@@ -39,7 +39,7 @@ def test_server_refuses_an_unknown_key(tmp_path):
 @pytest.mark.parametrize("text", ["RUNBOOK.md", "README.md"])
 def test_options_in_texts_exist(text):
     known = set(re.findall(r"^  --([a-z-]+)", serve("--help").stdout, flags=re.MULTILINE))
-    other = {"autoscaling-hpa", "cpu-demo", "headstart-model", "headstart-tls", "port-forward", "prefill-filter"}
+    other = {"autoscaling-hpa", "cpu-demo", "headstart-model", "headstart-tls", "nvidia-operator", "port-forward"}
     named = set(re.findall(r"`([a-z]+(?:-[a-z]+)+)`", (REPO / "deploy" / text).read_text()))
     assert "drain-timeout" in named
     assert named - other <= known
