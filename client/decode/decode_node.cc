@@ -1,6 +1,7 @@
 #include "client/decode/decode_node.h"
 
 #include <algorithm>
+#include <atomic>
 #include <future>
 #include <memory>
 #include <utility>
@@ -51,17 +52,37 @@ struct Loaded {
   double seconds = 0;
 };
 
-std::future<Loaded> LoadMeanwhile(const DecodeNodeOptions& options, const ModelConfig& config) {
-  const int64_t wanted = options.request.token_ids_size() + options.max_new_tokens;
-  DecodeOptions decode{.model_dir = options.model_dir,
-                       .backend = options.backend,
-                       .max_tokens = std::min(wanted, config.max_positions)};
-  return std::async(std::launch::async, [decode = std::move(decode)] {
-    const Instant start = Instant::Now();
-    auto session = DecodeSession::Create(decode, nullptr);
-    return Loaded{std::move(session), absl::ToDoubleSeconds(Instant::Now() - start)};
-  });
-}
+// Loads the model on a thread of its own. Who goes without Get does not want it any more: then it
+// ends with the tensor that is being read.
+class Loading {
+ public:
+  ~Loading() { given_up_.store(true); }
+
+  // Once at least. A later call does nothing.
+  void Start(const DecodeNodeOptions& options, const ModelConfig& config) {
+    if (loaded_.valid()) return;
+    const int64_t wanted = options.request.token_ids_size() + options.max_new_tokens;
+    DecodeOptions decode{.model_dir = options.model_dir,
+                         .backend = options.backend,
+                         .max_tokens = std::min(wanted, config.max_positions)};
+    loaded_ =
+        std::async(std::launch::async, [this, decode = std::move(decode), tell = options.on_load] {
+          const Instant start = Instant::Now();
+          auto session =
+              DecodeSession::Create(decode, [&](int64_t done_bytes, int64_t total_bytes) {
+                if (given_up_.load())
+                  return absl::CancelledError("the model is not needed any more");
+                return tell ? tell(done_bytes, total_bytes) : absl::OkStatus();
+              });
+          return Loaded{std::move(session), absl::ToDoubleSeconds(Instant::Now() - start)};
+        });
+  }
+  Loaded Get() { return loaded_.get(); }
+
+ private:
+  std::atomic<bool> given_up_{false};
+  std::future<Loaded> loaded_;  // goes first, and waits for the thread
+};
 
 absl::Status CheckSameModel(const v1::KvManifest& manifest, const DecodeSession& session) {
   if (manifest.model_hash() != session.model_hash()) {
@@ -158,9 +179,9 @@ absl::StatusOr<DecodeNodeResult> RunDecodeNode(const DecodeNodeOptions& options,
   HEADSTART_RETURN_IF_ERROR(CheckTokenIds(options.request, config));
   HEADSTART_ASSIGN_OR_RETURN(const auto client, PrefillClient::Create(options.client));
   ExpectModel(config, &receive.expected);
-  std::future<Loaded> loading;
+  Loading loading;
   receive.on_accepted = [&, tell = receive.on_accepted](const v1::Accepted& accepted) {
-    if (!loading.valid()) loading = LoadMeanwhile(options, config);
+    loading.Start(options, config);
     return tell ? tell(accepted) : absl::OkStatus();
   };
   ReceivedKv kv;
@@ -171,7 +192,7 @@ absl::StatusOr<DecodeNodeResult> RunDecodeNode(const DecodeNodeOptions& options,
   const auto first_token = static_cast<int32_t>(result.prefill.completed.first_token().id());
   TokenOutput output{options, config, on_token, result};
   if (!output.Take(first_token)) return result;
-  Loaded loaded = loading.get();
+  Loaded loaded = loading.Get();
   HEADSTART_RETURN_IF_ERROR(loaded.session.status());
   DecodeSession& session = **loaded.session;
   HEADSTART_RETURN_IF_ERROR(CheckSameModel(result.prefill.completed.manifest(), session));

@@ -21,6 +21,7 @@ struct DecodeNodeOptions {
   BackendOptions backend;
   int64_t max_new_tokens = 128;  // the first token included
   bool ignore_eos = false;
+  LoadProgress on_load;  // of the model on this machine; may be empty
 };
 
 struct DecodeNodeResult {

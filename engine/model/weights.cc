@@ -123,8 +123,7 @@ class Loader {
     hash_lines_[name] = absl::StrFormat("%s %s [%s] %08x\n", name, DTypeName(tensor.dtype),
                                         absl::StrJoin(tensor.shape, ","), scan.crc32c);
     done_bytes_ += tensor.bytes;
-    if (progress_) progress_(done_bytes_, files_.total_bytes());
-    return absl::OkStatus();
+    return progress_ ? progress_(done_bytes_, files_.total_bytes()) : absl::OkStatus();
   }
 
   // The tensor's data, or a copy when it lies across its natural alignment in the file.

@@ -35,8 +35,8 @@ struct ModelWeights {
   std::string model_hash;
 };
 
-// Called with bytes done and in all, from the loading thread.
-using LoadProgress = std::function<void(int64_t done_bytes, int64_t total_bytes)>;
+// Called with bytes done and in all, from the loading thread. An error ends the loading with it.
+using LoadProgress = std::function<absl::Status(int64_t done_bytes, int64_t total_bytes)>;
 
 // Loads, checks and hands over every tensor. INVALID_ARGUMENT names file and tensor: missing, wrong
 // shape, dtype that is not f32, bf16 or f16, values that are not finite, and a tensor that the

@@ -41,13 +41,14 @@ LoadProgress MakeLoadProgress(LogFormat format) {
   return [bar, shown](int64_t done_bytes, int64_t total_bytes) {
     const int percent = Percent(done_bytes, total_bytes);
     const int step = bar ? 1 : kLogStepPercent;
-    if (percent / step == *shown) return;
+    if (percent / step == *shown) return absl::OkStatus();
     *shown = percent / step;
     if (bar) {
       DrawBar(percent, total_bytes);
     } else {
       Log(LogLevel::kInfo, "loading", {{"percent", percent}, {"total_bytes", total_bytes}});
     }
+    return absl::OkStatus();
   };
 }
 

@@ -1,12 +1,14 @@
 // A decode node goes on from received KV as the engine would have gone on itself.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cmath>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/time/clock.h"
 #include "client/decode/decode_node.h"
 #include "kernels/base/status_macros.h"
 #include "tests/e2e/live_server.h"
@@ -156,6 +158,22 @@ TEST_P(LlamaDecodeTest, RefusesKvOfAnotherShape) {
   options.model_dir = dir.path();
   EXPECT_THAT(RunDecodeNode(options, [](int32_t) {}),
               StatusIs(absl::StatusCode::kDataLoss, HasSubstr("num_layers=6")));
+}
+
+TEST_P(LlamaDecodeTest, ARefusalDoesNotWaitForTheModel) {
+  DecodeNodeOptions options = NodeOptions(SomePrompt(10));
+  std::atomic<bool> loaded{false};
+  options.on_load = [&](int64_t done_bytes, int64_t total_bytes) {
+    loaded = done_bytes == total_bytes;
+    absl::SleepFor(absl::Milliseconds(50));  // some seconds for all tensors
+    return absl::OkStatus();
+  };
+  KvReceiverOptions receive;
+  receive.on_accepted = [](const v1::Accepted&) { return absl::AbortedError("changed my mind"); };
+  EXPECT_THAT(RunDecodeNode(
+                  options, [](int32_t) {}, receive),
+              StatusIs(absl::StatusCode::kAborted, HasSubstr("changed my mind")));
+  EXPECT_FALSE(loaded);
 }
 
 TEST_P(LlamaDecodeTest, RefusesTokensOutsideTheVocabularyBeforeItAsks) {

@@ -205,10 +205,21 @@ TEST_F(WeightsTest, ReportsProgressUpToTheEnd) {
     EXPECT_GT(done_bytes, last);
     last = done_bytes;
     total = total_bytes;
+    return absl::OkStatus();
   };
   ASSERT_OK(Load(TinyModelOptions{}));
   EXPECT_EQ(last, total);
   EXPECT_GT(total, 0);
+}
+
+TEST_F(WeightsTest, WhoIsToldOfProgressMayEndIt) {
+  int calls = 0;
+  progress_ = [&](int64_t, int64_t) {
+    return ++calls == 2 ? absl::CancelledError("enough") : absl::OkStatus();
+  };
+  EXPECT_THAT(Load(TinyModelOptions{}),
+              StatusIs(absl::StatusCode::kCancelled, HasSubstr("enough")));
+  EXPECT_EQ(calls, 2);
 }
 
 TEST_F(WeightsTest, PassesTheBackendsErrorsOn) {
