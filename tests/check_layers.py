@@ -30,7 +30,7 @@ MAY_INCLUDE = {
     "server/rpc/": (*BASE, *GENERATED, *GRPC_TIME, "server/rpc/", "server/ops/", "server/lifecycle.h", "server/options.h", "server/version.h", "engine/", *SEAM),
     "server/": (*BASE, *GENERATED, *GRPC_TIME, "server/", "engine/", *SEAM),
     "proto/": BASE,
-    "server/program/main.cc": ("server/", "client/"),  # the program: every subcommand
+    "server/program/main.cc": (*BASE, "server/", "client/"),  # the program: every subcommand
     "client/": (*BASE, *GENERATED, *GRPC_TIME, "client/"),
     "client/decode/": (*BASE, *GENERATED, "client/", "engine/", "kernels/backend.h", "kernels/attention_params.h"),
 }

@@ -16,6 +16,7 @@
 #include "client/commands/terminal_progress.h"
 #include "client/commands/token_ids.h"
 #include "client/decode/decode_node.h"
+#include "kernels/base/idle_threads.h"
 #include "kernels/base/status_macros.h"
 
 namespace headstart {
@@ -116,6 +117,7 @@ absl::Status Run(Flags& flags) {
 }  // namespace headstart
 
 int main(int argc, char** argv) {
+  headstart::LimitIdleSpinning(argv);
   CLI::App app(
       "Receives the KV of a prompt from a Headstart server and decodes from it, greedily.");
   headstart::Flags flags;

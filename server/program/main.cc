@@ -2,12 +2,14 @@
 #include "client/commands/bench_command.h"
 #include "client/commands/loads_command.h"
 #include "client/commands/request_command.h"
+#include "kernels/base/idle_threads.h"
 #include "server/program/exit_code.h"
 #include "server/program/inspect_command.h"
 #include "server/program/serve_command.h"
 #include "server/version.h"
 
 int main(int argc, char** argv) {
+  headstart::LimitIdleSpinning(argv);
   CLI::App app("Headstart: prefill for disaggregated LLM serving", "headstart");
   app.set_version_flag("--version", headstart::kVersion);
   app.require_subcommand(1);

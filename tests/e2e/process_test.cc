@@ -4,6 +4,7 @@
 
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -231,6 +232,23 @@ TEST_F(ServerProcessTest, ServesAlthoughItsLogCanNotBeWritten) {
     server_->Signal(SIGTERM);
     EXPECT_EQ(server_->Wait(), 0);
   }
+}
+
+// Unless the environment says how threads wait; and it is still the same process and program.
+TEST_F(ServerProcessTest, IdleThreadsSpinOnlyShortly) {
+  const auto read = [this](const char* name) {
+    std::ifstream file(absl::StrCat("/proc/", server_->pid(), "/", name));
+    return std::string(std::istreambuf_iterator<char>(file), {});
+  };
+  launcher_ = {"/usr/bin/env", "-u", "OMP_WAIT_POLICY", "-u", "GOMP_SPINCOUNT"};
+  ASSERT_NO_FATAL_FAILURE(StartServer());
+  EXPECT_THAT(read("environ"), HasSubstr("GOMP_SPINCOUNT=1000"));
+  EXPECT_EQ(read("comm"), "headstart\n");
+  EXPECT_OK(Receive(client_, RequestOf(SomePrompt(200))));
+  std::filesystem::remove(dir_ / "port");
+  launcher_.push_back("OMP_WAIT_POLICY=active");
+  ASSERT_NO_FATAL_FAILURE(StartServer());
+  EXPECT_THAT(read("environ"), ::testing::Not(HasSubstr("GOMP_SPINCOUNT")));
 }
 
 }  // namespace
