@@ -68,13 +68,12 @@ class LiveFuzzTest : public ServerTest {
 
   void Burst(uint64_t seed) {
     std::vector<std::thread> clients;
-    const auto stub = NewStub();
     for (uint64_t i = 0; i < 3; ++i) {
       clients.emplace_back([this, number = seed * 8 + i] { Connections(Random(number)); });
     }
     for (uint64_t i = 3; i < 6; ++i) {
       clients.emplace_back(
-          [&stub, number = seed * 8 + i] { FetchSequence(number, stub.get()).Run(); });
+          [this, number = seed * 8 + i] { FetchSequence(number, stub_.get()).Run(); });
     }
     for (std::thread& client : clients) client.join();
   }
@@ -99,6 +98,10 @@ class LiveFuzzTest : public ServerTest {
     }
     EXPECT_GT(Metric("headstart_kv_leases_expired_total{model=\"tiny\"}"), 0);
   }
+
+  // Of all who fetch, on one connection: a channel that goes while it connects may leave its
+  // connection open for a while, in gRPC 1.51.
+  std::unique_ptr<v1::PrefillService::Stub> stub_;
 
  private:
   // Several connections that take turns, in one of three moods.
@@ -158,6 +161,7 @@ class LiveFuzzTest : public ServerTest {
 
 TEST_F(LiveFuzzTest, NothingIsLeftOfABurstAndGoodRequestsAreServed) {
   Start();
+  stub_ = NewStub();
   const std::string good = Answer();
   const auto first = static_cast<uint64_t>(FromEnvironment("HEADSTART_FUZZ_SEED", kSeed));
   const auto bursts = static_cast<uint64_t>(FromEnvironment("HEADSTART_FUZZ_BURSTS", kBursts));
@@ -166,7 +170,7 @@ TEST_F(LiveFuzzTest, NothingIsLeftOfABurstAndGoodRequestsAreServed) {
     std::fprintf(stderr, "burst %llu\n", static_cast<unsigned long long>(seed));
     Burst(seed);
     ASSERT_TRUE(BecomesIdle(absl::Seconds(20))) << WhatIsLeft();
-    ASSERT_TRUE(ComesTrue([this] { return server_->Snapshot().connections == 0; }));
+    ASSERT_TRUE(ComesTrue([this] { return server_->Snapshot().connections <= 1; }));
     ASSERT_TRUE(Answer() == good) << "another answer";
     if (seed < first + 20) held = std::max(held, Held());
     if (seed % 10 == 0) {
