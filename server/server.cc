@@ -134,7 +134,11 @@ Server::Server(ServerOptions options)
       tracer_(options_.otlp_sample_ratio, span_exporter_.get()),
       lifecycle_(options_.stuck_after,
                  [this](Lifecycle::Phase phase, bool healthy) { OnChange(phase, healthy); }),
-      service_(&context_) {
+      service_(&context_),
+      ledger_({.message_bytes = options_.connections.max_message_bytes,
+               .metadata_bytes = options_.connections.max_metadata_bytes,
+               .total_bytes = options_.connections.receive_memory_bytes}) {
+  context_.ledger = &ledger_;
   context_.options = &options_;
   context_.model_name = ServedModelName(options_);
   context_.lifecycle = &lifecycle_;
@@ -151,8 +155,8 @@ absl::Status Server::Listen() {
     HEADSTART_ASSIGN_OR_RETURN(tls_, TlsIdentity::Load(options_.tls));
     credentials = tls_->MakeCredentials();
   }
-  HEADSTART_ASSIGN_OR_RETURN(listener_,
-                             Listener::Create(address, LimitConnections(options_.connections)));
+  HEADSTART_ASSIGN_OR_RETURN(
+      listener_, Listener::Create(address, LimitConnections(options_.connections), &ledger_));
   if (!options_.tls.enabled() && !IsLoopback(address.host)) {
     Log(LogLevel::kWarn, "plain text beyond this machine: prompts and KV can be read on the way",
         {{"listen", options_.listen}});
@@ -321,6 +325,9 @@ MetricsSnapshot Server::Snapshot() const {
   s.connections_accepted = connections.accepted;
   for (size_t i = 0; i < kShedReasonNames.size(); ++i) {
     s.connections_shed.emplace_back(std::string(kShedReasonNames[i]), connections.shed[i]);
+  }
+  for (size_t i = 0; i < kCutReasonNames.size(); ++i) {
+    s.connections_cut.emplace_back(std::string(kCutReasonNames[i]), connections.cut[i]);
   }
   if (tls_ != nullptr) {
     const TlsStats tls = tls_->stats();

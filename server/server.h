@@ -95,6 +95,7 @@ class Server {
   std::unique_ptr<Engine> engine_;
   Timer timer_;
   PrefillService service_;
+  ConnectionLedger ledger_;
   std::unique_ptr<TlsIdentity> tls_;  // null: plain text
   std::unique_ptr<Listener> listener_;
   GrpcServer grpc_;

@@ -23,6 +23,8 @@ namespace {
 
 // How often closed connections are counted out when nothing else happens.
 constexpr int kSweepMs = 1000;
+// How often open connections are looked at: what a flood brings meanwhile must be bearable.
+constexpr int kWatchMs = 100;
 // Accepted in one go before the loop looks at Stop again.
 constexpr int kAcceptBurst = 256;
 
@@ -87,24 +89,29 @@ absl::Status ProveConnected(const OwnConnection& ends, absl::Duration timeout) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Listener>> Listener::Create(const HostPort& address,
-                                                           const ListenerLimits& limits) {
+                                                           const ListenerLimits& limits,
+                                                           ConnectionLedger* ledger) {
   HEADSTART_ASSIGN_OR_RETURN(std::vector<Descriptor> sockets, ListenOn(address));
-  return Create(std::move(sockets), limits);
+  return Create(std::move(sockets), limits, ledger);
 }
 
 absl::StatusOr<std::unique_ptr<Listener>> Listener::Create(std::vector<Descriptor> sockets,
-                                                           const ListenerLimits& limits) {
+                                                           const ListenerLimits& limits,
+                                                           ConnectionLedger* ledger) {
   Descriptor wake(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
   if (wake.get() < 0) return ErrnoError("eventfd");
-  return std::unique_ptr<Listener>(new Listener(std::move(sockets), std::move(wake), limits));
+  return std::unique_ptr<Listener>(
+      new Listener(std::move(sockets), std::move(wake), limits, ledger));
 }
 
-Listener::Listener(std::vector<Descriptor> sockets, Descriptor wake, const ListenerLimits& limits)
+Listener::Listener(std::vector<Descriptor> sockets, Descriptor wake, const ListenerLimits& limits,
+                   ConnectionLedger* ledger)
     : sockets_(std::move(sockets)),
       wake_(std::move(wake)),
       reserve_(OpenReserve()),
       local_(LocalEndpoint(sockets_.front().get())),
-      limits_(limits) {}
+      limits_(limits),
+      ledger_(ledger) {}
 
 Listener::~Listener() { Stop(); }
 
@@ -132,7 +139,7 @@ void Listener::Loop() {
   std::vector<pollfd> fds = {{wake_.get(), POLLIN, 0}};
   for (const Descriptor& socket : sockets_) fds.push_back({socket.get(), POLLIN, 0});
   while (true) {
-    poll(fds.data(), fds.size(), kSweepMs);
+    poll(fds.data(), fds.size(), WatchMs());
     if (fds[0].revents != 0) return;
     for (size_t i = 1; i < fds.size(); ++i) {
       if (fds[i].revents != 0) AcceptAll(fds[i].fd);
@@ -140,7 +147,13 @@ void Listener::Loop() {
     if (reserve_.get() < 0) reserve_ = OpenReserve();  // somebody was faster once
     MutexLock lock(&mutex_);
     Sweep();
+    if (ledger_ != nullptr) Watch();
   }
+}
+
+int Listener::WatchMs() {
+  MutexLock lock(&mutex_);
+  return ledger_ == nullptr || connections_.empty() ? kSweepMs : kWatchMs;
 }
 
 void Listener::AcceptAll(int listen_fd) {
@@ -216,7 +229,10 @@ bool Listener::Register(int fd, const Endpoint& peer) {
   }
   ++stats_.accepted;
   ++by_peer_[peer.ip];
-  connections_[fd] = {info.st_dev, info.st_ino, peer.ip};
+  const bool v6 = peer.ip.find(':') != std::string::npos;
+  const std::string name = absl::StrCat(v6 ? "[" : "", peer.ip, v6 ? "]:" : ":", peer.port);
+  if (ledger_ != nullptr) ledger_->Open(name);
+  connections_[fd] = {info.st_dev, info.st_ino, peer.ip, name};
   return true;
 }
 
@@ -236,9 +252,41 @@ void Listener::Sweep() {
   }
 }
 
+void Listener::Watch() {
+  const Instant now = Instant::Now();
+  std::pair<int, Connection*> worst = {-1, nullptr};
+  int64_t most = 0, total = 0;
+  for (auto& [fd, connection] : connections_) {
+    const std::optional<Traffic> traffic = TrafficOf(fd);
+    if (connection.cut || !traffic.has_value()) continue;
+    const ConnectionLedger::Finding finding = ledger_->Check(connection.name, *traffic, now);
+    if (finding.cut.has_value()) {
+      Cut(fd, &connection, *finding.cut);
+      continue;
+    }
+    total += finding.unaccounted;
+    if (finding.unaccounted > most) worst = {fd, &connection};
+    most = std::max(most, finding.unaccounted);
+  }
+  if (total > ledger_->budget().total_bytes) {
+    Cut(worst.first, worst.second, CutReason::kUnaccountedBytes);
+  }
+}
+
+// The descriptor is gRPC's, which sees an end and closes it: with a reset, since the other side may
+// be waiting for room to send more.
+void Listener::Cut(int fd, Connection* connection, CutReason reason) {
+  const linger reset = {1, 0};
+  setsockopt(fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset));
+  shutdown(fd, SHUT_RDWR);
+  connection->cut = true;
+  ++stats_.cut[static_cast<size_t>(reason)];
+}
+
 void Listener::Remove(std::unordered_map<int, Connection>::iterator connection) {
   const auto peer = by_peer_.find(connection->second.peer_ip);
   if (--peer->second == 0) by_peer_.erase(peer);
+  if (ledger_ != nullptr) ledger_->Close(connection->second.name);
   connections_.erase(connection);
 }
 

@@ -19,6 +19,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "kernels/base/mutex.h"
+#include "server/net/connection_ledger.h"
 #include "server/net/socket.h"
 
 namespace headstart {
@@ -36,6 +37,7 @@ struct ListenerStats {
   int64_t open = 0;
   int64_t accepted = 0;
   std::array<int64_t, kShedReasonNames.size()> shed = {};
+  std::array<int64_t, kCutReasonNames.size()> cut = {};
 };
 
 // Both ends of a connection of the server with itself, not blocking.
@@ -49,12 +51,15 @@ class Listener {
   // Gets a connected, non-blocking socket to keep.
   using Handler = std::function<void(int fd)>;
 
-  // Listens on every address of the host; connections wait until Start.
+  // Listens on every address of the host; connections wait until Start. With a ledger, which
+  // outlives this, connections over which comes what it does not account for are cut.
   static absl::StatusOr<std::unique_ptr<Listener>> Create(const HostPort& address,
-                                                          const ListenerLimits& limits);
+                                                          const ListenerLimits& limits,
+                                                          ConnectionLedger* ledger = nullptr);
   // The same with sockets that listen already, one at least.
   static absl::StatusOr<std::unique_ptr<Listener>> Create(std::vector<Descriptor> sockets,
-                                                          const ListenerLimits& limits);
+                                                          const ListenerLimits& limits,
+                                                          ConnectionLedger* ledger = nullptr);
   ~Listener();
   Listener(const Listener&) = delete;
   Listener& operator=(const Listener&) = delete;
@@ -82,6 +87,8 @@ class Listener {
     uint64_t device = 0;
     uint64_t inode = 0;
     std::string peer_ip;
+    std::string name;  // in the ledger
+    bool cut = false;
   };
 
   // A ConnectToSelf that waits for the other end.
@@ -90,7 +97,8 @@ class Listener {
     std::promise<Descriptor> accepted;
   };
 
-  Listener(std::vector<Descriptor> sockets, Descriptor wake, const ListenerLimits& limits);
+  Listener(std::vector<Descriptor> sockets, Descriptor wake, const ListenerLimits& limits,
+           ConnectionLedger* ledger);
   void Loop();
   void AcceptAll(int listen_fd);
   // False when there is nothing to accept.
@@ -104,6 +112,10 @@ class Listener {
   bool GiveToSelf(int fd, const Endpoint& peer);
   absl::Status ConnectExpected(int fd, Expected* expected, absl::Duration timeout);
   void Sweep() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Cuts connections that the ledger objects to, and the worst one when all together are too much.
+  void Watch() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Cut(int fd, Connection* connection, CutReason reason) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  int WatchMs();
   void Remove(std::unordered_map<int, Connection>::iterator connection)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
@@ -112,6 +124,7 @@ class Listener {
   Descriptor reserve_;  // given up for a moment when no other descriptor is left
   const Endpoint local_;
   const ListenerLimits limits_;
+  ConnectionLedger* const ledger_;  // null: nothing is watched
   Handler handler_;
   std::thread thread_;
 

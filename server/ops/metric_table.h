@@ -192,6 +192,12 @@ inline constexpr MetricSpec kConnectionsShed{MetricType::kCounter,
                                              "headstart_connections_shed_total", "reason",
                                              "Connections closed at once because of a limit"};
 
+inline constexpr MetricSpec kConnectionsCut{
+    MetricType::kCounter, "headstart_connections_cut_total", "reason",
+    "Open connections that were closed because of what came over them: more bytes than calls "
+    "account "
+    "for, or too many calls that ended before their message"};
+
 inline constexpr MetricSpec kTlsNotAfter{
     MetricType::kGauge, "headstart_tls_certificate_not_after_seconds", "certificate",
     "Unix time at which the certificate that is in use ends; client_ca: the last one of the "
@@ -282,6 +288,7 @@ inline constexpr std::array kAll = {kRequests,
                                     kConnections,
                                     kConnectionsAccepted,
                                     kConnectionsShed,
+                                    kConnectionsCut,
                                     kTlsNotAfter,
                                     kTlsReloads,
                                     kTraceSpansExported,

@@ -58,6 +58,7 @@ struct MetricsSnapshot {
   int64_t connections = 0;
   int64_t connections_accepted = 0;
   std::vector<std::pair<std::string, int64_t>> connections_shed;  // by reason
+  std::vector<std::pair<std::string, int64_t>> connections_cut;   // likewise
   std::optional<int64_t> certificate_not_after;                   // Unix time; none: plain text
   std::optional<int64_t> client_ca_not_after;                     // none: clients need none
   int64_t certificates_loaded = 0;

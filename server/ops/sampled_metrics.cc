@@ -142,17 +142,21 @@ std::vector<MetricFamily> SampleServer(const std::string& model, const MetricsSn
   std::vector<MetricFamily> families = SampleScheduler(model, s);
   for (MetricFamily& family : SampleKvMemory(s)) families.push_back(std::move(family));
   for (MetricFamily& family : SampleTls(s)) families.push_back(std::move(family));
-  std::vector<Sample> shed;
-  for (const auto& [reason, count] : s.connections_shed) {
-    shed.push_back({{{"reason", reason}}, static_cast<double>(count)});
-  }
+  const auto by_reason = [](const std::vector<std::pair<std::string, int64_t>>& counts) {
+    std::vector<Sample> samples;
+    for (const auto& [reason, count] : counts) {
+      samples.push_back({{{"reason", reason}}, static_cast<double>(count)});
+    }
+    return samples;
+  };
   for (MetricFamily family : {
            Number(metric::kReady, s.ready),
            Number(metric::kDraining, s.draining),
            Number(metric::kLayersDone, s.layers_done),
            Number(metric::kConnections, s.connections),
            Number(metric::kConnectionsAccepted, s.connections_accepted),
-           Family(metric::kConnectionsShed, shed),
+           Family(metric::kConnectionsShed, by_reason(s.connections_shed)),
+           Family(metric::kConnectionsCut, by_reason(s.connections_cut)),
            Number(metric::kTraceSpansExported, s.trace_spans_exported),
            Number(metric::kTraceSpansDropped, s.trace_spans_dropped),
        }) {

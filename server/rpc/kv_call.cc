@@ -43,12 +43,14 @@ KvCall::KvCall(ServiceContext* service, grpc::CallbackServerContext* call)
                       absl::StrCat("no request message within ",
                                    absl::FormatDuration(service_.options->first_message_timeout))));
       });
+  service_.ledger->OnCall(peer_);
   ReadNext();
 }
 
 // ---- messages
 
 void KvCall::OnReadDone(bool ok) {
+  if (ok) CountMessage();
   if (!Claim()) {
     if (!ok) return;
     if (absl::Status status = OnMessage(message_); !status.ok()) return sender_->End(status);
@@ -64,6 +66,15 @@ void KvCall::OnReadDone(bool ok) {
   }
   if (absl::Status status = Begin(message_); !status.ok()) sender_->End(std::move(status));
   sender_->Start();
+}
+
+void KvCall::CountMessage() {
+  const auto bytes = static_cast<int64_t>(message_.Length());
+  if (std::exchange(has_message_, true)) {
+    service_.ledger->OnMessage(peer_, bytes);
+  } else {
+    service_.ledger->OnFirstMessage(peer_, bytes);
+  }
 }
 
 void KvCall::EndWith(absl::Status status) {
@@ -108,6 +119,7 @@ void KvCall::OnEnded(const absl::Status& status) {
 void KvCall::OnDone() {
   service_.timer->Cancel(first_message_timer_);
   sender_->StopTimers();
+  if (!has_message_) service_.ledger->OnCallWithoutMessage(peer_);
   delete this;
 }
 

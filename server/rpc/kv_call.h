@@ -13,6 +13,7 @@
 
 #include <atomic>
 #include <memory>
+#include <string>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -62,6 +63,7 @@ class KvCall : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer
 
   // True for the first caller: the first message, or its absence, is his to deal with.
   bool Claim() { return !claimed_.exchange(true); }
+  void CountMessage();
   // Ends a call that was claimed and has no message.
   void EndWith(absl::Status status);
 
@@ -71,6 +73,8 @@ class KvCall : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer
   const std::shared_ptr<KvSender> sender_;
   std::atomic<bool> claimed_{false};
   Timer::Id first_message_timer_ = Timer::kNone;
+  const std::string peer_ = context_.peer();
+  bool has_message_ = false;
   grpc::ByteBuffer message_;
 };
 

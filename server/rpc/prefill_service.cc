@@ -15,12 +15,6 @@ namespace {
 
 constexpr int kPrefillIndex = 0;  // of the service's methods, in the order of prefill.proto
 
-grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* call, const absl::Status& status) {
-  grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
-  reactor->Finish(ToGrpcStatus(status));
-  return reactor;
-}
-
 }  // namespace
 
 PrefillService::PrefillService(ServiceContext* context) : context_(*context) {
@@ -40,40 +34,51 @@ grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* PrefillService::Fet
   return new FetchCall(&context_, call);  // goes in its OnDone
 }
 
+grpc::ServerUnaryReactor* PrefillService::Answer(grpc::CallbackServerContext* call,
+                                                 const grpc::ByteBuffer& request,
+                                                 const absl::Status& status) const {
+  const std::string peer = call->peer();
+  context_.ledger->OnCall(peer);
+  context_.ledger->OnFirstMessage(peer, static_cast<int64_t>(request.Length()));
+  grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
+  reactor->Finish(ToGrpcStatus(status));
+  return reactor;
+}
+
 grpc::ServerUnaryReactor* PrefillService::RenewLease(grpc::CallbackServerContext* call,
                                                      const grpc::ByteBuffer* request,
                                                      grpc::ByteBuffer* response) {
-  return Answer(call, Renew(*call, *request, response));
+  return Answer(call, *request, Renew(*call, *request, response));
 }
 
 grpc::ServerUnaryReactor* PrefillService::ReleaseKv(grpc::CallbackServerContext* call,
                                                     const grpc::ByteBuffer* request,
                                                     grpc::ByteBuffer* response) {
-  return Answer(call, Release(*call, *request, response));
+  return Answer(call, *request, Release(*call, *request, response));
 }
 
 grpc::ServerUnaryReactor* PrefillService::GetModelInfo(grpc::CallbackServerContext* call,
                                                        const grpc::ByteBuffer* request,
                                                        grpc::ByteBuffer* response) {
-  return Answer(call, DescribeModel(*call, *request, response));
+  return Answer(call, *request, DescribeModel(*call, *request, response));
 }
 
 grpc::ServerUnaryReactor* PrefillService::GetServerInfo(grpc::CallbackServerContext* call,
                                                         const grpc::ByteBuffer* request,
                                                         grpc::ByteBuffer* response) {
-  return Answer(call, DescribeServer(*call, *request, response));
+  return Answer(call, *request, DescribeServer(*call, *request, response));
 }
 
 grpc::ServerUnaryReactor* PrefillService::Estimate(grpc::CallbackServerContext* call,
                                                    const grpc::ByteBuffer* request,
                                                    grpc::ByteBuffer* response) {
-  return Answer(call, Foresee(*call, *request, response));
+  return Answer(call, *request, Foresee(*call, *request, response));
 }
 
 grpc::ServerUnaryReactor* PrefillService::GetLoads(grpc::CallbackServerContext* call,
                                                    const grpc::ByteBuffer* request,
                                                    grpc::ByteBuffer* response) {
-  return Answer(call, DescribeLoads(*call, *request, response));
+  return Answer(call, *request, DescribeLoads(*call, *request, response));
 }
 
 absl::Status PrefillService::Renew(const grpc::CallbackServerContext& call,

@@ -43,6 +43,10 @@ class PrefillService final
                                      grpc::ByteBuffer* response) override;
 
  private:
+  // Ends a call that has one request.
+  grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* call,
+                                   const grpc::ByteBuffer& request,
+                                   const absl::Status& status) const;
   absl::Status Renew(const grpc::CallbackServerContext& call, const grpc::ByteBuffer& request,
                      grpc::ByteBuffer* response) const;
   absl::Status Release(const grpc::CallbackServerContext& call, const grpc::ByteBuffer& request,

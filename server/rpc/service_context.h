@@ -5,6 +5,7 @@
 #include <string>
 
 #include "server/lifecycle.h"
+#include "server/net/connection_ledger.h"
 #include "server/ops/metrics.h"
 #include "server/ops/recent_prompts.h"
 #include "server/ops/tracer.h"
@@ -23,6 +24,7 @@ struct ServiceContext {
   Metrics* metrics = nullptr;
   RecentPrompts* recent_prompts = nullptr;
   Tracer* tracer = nullptr;
+  ConnectionLedger* ledger = nullptr;
   // Null until the model is loaded; set before the server serves.
   std::atomic<const ServedModel*> model{nullptr};
   // Set before the server cancels what is left at the end of a drain.

@@ -189,6 +189,54 @@ TEST_F(ConnectionTest, HugeDeclaredMessageIsCutAtTheMemoryQuota) {
   ExpectServes();
 }
 
+// A header block without an end, of which gRPC keeps everything while its limit is not
+// acknowledged.
+TEST_F(ConnectionTest, HeadersWithoutAnEndAreCut) {
+  options_.connections.max_message_bytes = 1 << 20;
+  Start();
+  RawHttp2 flood(server_->port());
+  flood.Send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
+  flood.Send({FrameType::kSettings, 0, 0, ""});
+  const std::string field = std::string("\0\3x-a\x64", 6) + std::string(100, 'b');
+  std::string fields;
+  while (fields.size() < 16000) fields += field;
+  flood.Send({FrameType::kHeaders, 0, 1, field});
+  while (flood.Send({FrameType::kContinuation, 0, 1, fields})) {
+  }
+  EXPECT_EQ(Metric("headstart_connections_cut_total{reason=\"unaccounted_bytes\"}"), 1);
+  ExpectServes();
+}
+
+TEST_F(ConnectionTest, CallsThatAreResetAtOnceAreCut) {
+  Start();
+  RawHttp2 flood(server_->port());
+  flood.Handshake();
+  const std::string cancel("\0\0\0\x08", 4);
+  bool open = true;
+  for (uint32_t stream = 1; open; stream += 2) {
+    flood.OpenCall(stream, kPrefill);
+    open = flood.Send({FrameType::kRstStream, 0, stream, cancel});
+  }
+  EXPECT_EQ(Metric("headstart_connections_cut_total{reason=\"abandoned_calls\"}"), 1);
+  ExpectServes();
+}
+
+// Far more than a connection may hold unaccounted, but each message is a call's.
+TEST_F(ConnectionTest, ManyLargeRequestsAreNotCut) {
+  options_.connections.max_message_bytes = 64 << 10;
+  Start();
+  const auto stub = NewStub();
+  v1::EstimateRequest request;
+  request.mutable_request()->set_model(std::string(60 << 10, 'x'));
+  for (int i = 0; i < 100; ++i) {
+    grpc::ClientContext context;
+    v1::EstimateResponse response;
+    EXPECT_EQ(stub->Estimate(&context, request, &response).error_code(),
+              grpc::StatusCode::NOT_FOUND);
+  }
+  EXPECT_EQ(Metric("headstart_connections_cut_total{reason=\"unaccounted_bytes\"}"), 0);
+}
+
 TEST_F(ConnectionTest, ConnectionsAboveTheLimitAreShedAndRecover) {
   options_.connections.max_connections = 3;
   Start();

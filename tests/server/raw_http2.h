@@ -20,6 +20,7 @@ enum class FrameType : uint8_t {
   kPing = 6,
   kGoAway = 7,
   kWindowUpdate = 8,
+  kContinuation = 9,
 };
 inline constexpr uint8_t kAck = 1;         // of SETTINGS and PING
 inline constexpr uint8_t kEndStream = 1;   // of DATA and HEADERS
