@@ -73,10 +73,11 @@ void ConnectionLedger::OnCallWithoutMessage(absl::string_view peer) {
   ++account->abandoned;
 }
 
-void ConnectionLedger::Open(const std::string& name) {
+bool ConnectionLedger::Open(const std::string& name) {
   MutexLock lock(&mutex_);
-  accounts_[name] = {};
-  accounts_[name].checked_at = Instant::Now();
+  const auto [account, is_new] = accounts_.try_emplace(name);
+  if (is_new) account->second.checked_at = Instant::Now();
+  return is_new;
 }
 
 void ConnectionLedger::Close(const std::string& name) {

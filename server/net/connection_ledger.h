@@ -53,7 +53,8 @@ class ConnectionLedger {
 
   // ---- the listener
 
-  void Open(const std::string& name);
+  // False where one of that name is open.
+  bool Open(const std::string& name);
   void Close(const std::string& name);
 
   struct Finding {

@@ -231,7 +231,10 @@ bool Listener::Register(int fd, const Endpoint& peer) {
   ++by_peer_[peer.ip];
   const bool v6 = peer.ip.find(':') != std::string::npos;
   const std::string name = absl::StrCat(v6 ? "[" : "", peer.ip, v6 ? "]:" : ":", peer.port);
-  if (ledger_ != nullptr) ledger_->Open(name);
+  if (ledger_ != nullptr && !ledger_->Open(name)) {
+    Sweep();  // the one before from that port has gone
+    ledger_->Open(name);
+  }
   connections_[fd] = {info.st_dev, info.st_ino, peer.ip, name};
   return true;
 }
@@ -278,9 +281,9 @@ void Listener::Watch() {
 void Listener::Cut(int fd, Connection* connection, CutReason reason) {
   const linger reset = {1, 0};
   setsockopt(fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset));
-  shutdown(fd, SHUT_RDWR);
+  ++stats_.cut[static_cast<size_t>(reason)];  // before its client can know
   connection->cut = true;
-  ++stats_.cut[static_cast<size_t>(reason)];
+  shutdown(fd, SHUT_RDWR);
 }
 
 void Listener::Remove(std::unordered_map<int, Connection>::iterator connection) {

@@ -85,6 +85,7 @@ TEST_F(ConnectionLedgerTest, KnowsPeersByGrpcsNames) {
     ledger_.Open(name);
     ledger_.OnCall(peer);
     EXPECT_EQ(ledger_.Check(name, {9 * kMiB, 0}, now_).cut, std::nullopt) << name;
+    EXPECT_FALSE(ledger_.Open(name));
     ledger_.Close(name);
     ledger_.OnCall(peer);  // of a connection that is gone
     EXPECT_EQ(ledger_.Check(name, {9 * kMiB, 0}, now_).cut, std::nullopt) << name;
