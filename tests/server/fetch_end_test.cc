@@ -94,14 +94,15 @@ TEST_F(FetchEndTest, RenewalKeepsTheKv) {
 
 TEST_F(FetchEndTest, AcknowledgementsKeepTheKv) {
   Start();
-  const absl::Duration lease = absl::Seconds(1);
+  const absl::Duration lease = absl::Seconds(4);
   const std::string fetch_id = Compute(WithLease(DetachedPrompt(6000, {Stripe(0, 1)}), lease));
   const auto slow = NewSlowStub();
   OpenFetch fetch(slow.get(), fetch_id, Stripe(0, 1));
   v1::PrefillResponse response;
   while (fetch.num_chunks() < 60 && fetch.Read(&response)) {  // of 188
+    if (fetch.num_chunks() % 20 != 0) continue;
     fetch.Acknowledge(fetch.num_chunks());
-    absl::SleepFor(lease / 20);  // three leases in all
+    absl::SleepFor(0.5 * lease);  // one and a half leases in all; a busy machine has the other half
   }
   EXPECT_TRUE(fetch.Finish().status.ok());
   EXPECT_TRUE(Release(fetch_id).ok());
