@@ -12,10 +12,10 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(ResolvedModel model,
                                                        const LoadProgress& progress) {
   HEADSTART_RETURN_IF_ERROR(CheckFits(model.plan, *backend));
   const EngineOptions& options = model.options;
-  HEADSTART_ASSIGN_OR_RETURN(const auto files, WeightFiles::Open(options.model_dir));
-  HEADSTART_ASSIGN_OR_RETURN(
-      ModelWeights weights,
-      LoadWeights(model.config, *files, *backend, options.max_prompt_tokens, progress));
+  HEADSTART_ASSIGN_OR_RETURN(const auto files, WeightFiles::Open(options.model_dir, options.links));
+  HEADSTART_ASSIGN_OR_RETURN(ModelWeights weights,
+                             LoadWeights(model.config, *files, *backend, options.max_prompt_tokens,
+                                         progress, options.backend.num_threads));
   const std::string model_hash = weights.model_hash;
   const SchedulerOptions scheduling = SchedulerOptionsOf(model);
   LocalRunnerOptions running;

@@ -99,7 +99,7 @@ absl::Status FillHostKvBytes(ResolvedModel& model) {
 absl::StatusOr<ResolvedModel> ResolveModel(const EngineOptions& options, DType compute_dtype,
                                            const Backend* backend) {
   ResolvedModel model;
-  HEADSTART_ASSIGN_OR_RETURN(model.config, ReadModelConfig(options.model_dir));
+  HEADSTART_ASSIGN_OR_RETURN(model.config, ReadModelConfig(options.model_dir, options.links));
   model.options = options;
   EngineOptions& resolved = model.options;
   HEADSTART_RETURN_IF_ERROR(FillZeros(model.config, resolved));

@@ -17,6 +17,7 @@ namespace headstart {
 
 struct EngineOptions {
   std::string model_dir;
+  Links links = Links::kInside;
   std::string model_name;  // empty: the folder's name
   BackendOptions backend;
   int64_t max_prompt_tokens = 0;  // 0: the model's context, or what the KV pool holds if it is less

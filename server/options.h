@@ -46,6 +46,7 @@ struct ServerOptions {
   // ---- model
   std::string model_dir;
   std::string model_name;  // empty: the folder's name
+  bool follow_links = false;
   BackendOptions backend;
   int64_t max_prompt_tokens = 0;  // 0: the model's context
   int64_t piece_tokens = 8192;

@@ -100,6 +100,7 @@ std::unique_ptr<SpanExporter> MakeSpanExporter(const ServerOptions& options) {
 EngineOptions ToEngineOptions(const ServerOptions& options) {
   EngineOptions out;
   out.model_dir = options.model_dir;
+  out.links = options.follow_links ? Links::kAnywhere : Links::kInside;
   out.model_name = ServedModelName(options);
   out.backend = options.backend;
   out.max_prompt_tokens = options.max_prompt_tokens;

@@ -63,6 +63,7 @@ class Loading {
     if (loaded_.valid()) return;
     const int64_t wanted = options.request.token_ids_size() + options.max_new_tokens;
     DecodeOptions decode{.model_dir = options.model_dir,
+                         .links = options.links,
                          .backend = options.backend,
                          .max_tokens = std::min(wanted, config.max_positions)};
     loaded_ =
@@ -175,7 +176,8 @@ absl::Status Generate(DecodeSession& session, int32_t token, TokenOutput& output
 absl::StatusOr<DecodeNodeResult> RunDecodeNode(const DecodeNodeOptions& options,
                                                const std::function<void(int32_t)>& on_token,
                                                KvReceiverOptions receive) {
-  HEADSTART_ASSIGN_OR_RETURN(const ModelConfig config, ReadModelConfig(options.model_dir));
+  HEADSTART_ASSIGN_OR_RETURN(const ModelConfig config,
+                             ReadModelConfig(options.model_dir, options.links));
   HEADSTART_RETURN_IF_ERROR(CheckTokenIds(options.request, config));
   HEADSTART_ASSIGN_OR_RETURN(const auto client, PrefillClient::Create(options.client));
   ExpectModel(config, &receive.expected);

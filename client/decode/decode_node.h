@@ -18,6 +18,7 @@ struct DecodeNodeOptions {
   PrefillClientOptions client;
   v1::PrefillRequest request;
   std::string model_dir;
+  Links links = Links::kInside;
   BackendOptions backend;
   int64_t max_new_tokens = 128;  // the first token included
   bool ignore_eos = false;

@@ -40,6 +40,9 @@ void AddFlags(CLI::App& app, Flags* flags) {
   app.add_option("--model", flags->node.model_dir,
                  "Hugging Face directory of the model that the server runs")
       ->required();
+  app.add_flag_callback(
+      "--follow-links", [flags] { flags->node.links = Links::kAnywhere; },
+      "Follow links in that directory to files outside of it");
   app.add_option("--tokens-file", flags->tokens_file,
                  "Prompt: token ids as a JSON array or apart by white space; - is standard input")
       ->capture_default_str();

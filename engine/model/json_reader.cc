@@ -21,7 +21,7 @@ constexpr size_t kMaxQuoted = 128;
 // nothing but the key sets of the objects that are open.
 class Guard : public nlohmann::json_sax<json> {
  public:
-  explicit Guard(int64_t max_values) : max_values_(max_values) {}
+  Guard(absl::string_view text, int64_t max_values) : text_(text), max_values_(max_values) {}
   const std::string& error() const { return error_; }
 
   bool null() override { return Count(); }
@@ -39,10 +39,16 @@ class Guard : public nlohmann::json_sax<json> {
     if (!open_.back().insert(name).second) {
       return Fail(absl::StrCat("duplicate key ", Quoted(name)));
     }
+    last_key_ = name;
     return Count();
   }
   bool parse_error(std::size_t position, const std::string&, const json::exception&) override {
-    return Fail(absl::StrCat("not JSON at byte ", position));
+    // `position` counts the byte that does not fit. Numbers like Infinity and NaN are Python's.
+    const absl::string_view found = text_.substr(std::min(position - 1, text_.size()));
+    const std::string token(found.substr(0, found.find_first_of(" ,:]}\r\n\t")));
+    return Fail(absl::StrCat(
+        "not JSON at byte ", position, token.empty() ? "" : absl::StrCat(": ", Quoted(token)),
+        last_key_.empty() ? "" : ", after the key ", last_key_.empty() ? "" : Quoted(last_key_)));
   }
 
  private:
@@ -64,7 +70,9 @@ class Guard : public nlohmann::json_sax<json> {
     return true;
   }
 
+  const absl::string_view text_;
   const int64_t max_values_;
+  std::string last_key_;
   int64_t num_values_ = 0;
   std::vector<absl::flat_hash_set<std::string>> open_;  // keys of each open object or array
   std::string error_;
@@ -91,7 +99,7 @@ absl::StatusOr<json> ParseJson(absl::string_view text, absl::string_view file,
     return absl::InvalidArgumentError(
         absl::StrCat(file, ": ", text.size(), " bytes of JSON, limit ", limits.max_bytes));
   }
-  Guard guard(limits.max_values);
+  Guard guard(text, limits.max_values);
   if (!json::sax_parse(text.begin(), text.end(), &guard)) {
     return absl::InvalidArgumentError(absl::StrCat(file, ": ", guard.error()));
   }

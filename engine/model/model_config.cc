@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -54,14 +55,13 @@ constexpr Restriction kRestrictions[] = {
     {"v_head_dim", Allowed::kUnset, kMla},
     {"quantization_config", Allowed::kUnset, kQuantised},
     {"compression_config", Allowed::kUnset, kQuantised},
-    {"use_sliding_window", Allowed::kUnset, kWindow},
     {"attention_chunk_size", Allowed::kUnset, "chunked attention is not supported"},
     {"partial_rotary_factor", Allowed::kOne, kPartialRope},
     {"rotary_pct", Allowed::kOne, kPartialRope},
     {"rope_interleaved", Allowed::kUnset, "interleaved RoPE is not supported"},
     {"no_rope_layers", Allowed::kUnset, kNope},
     {"no_rope_layer_interval", Allowed::kUnset, kNope},
-    {"pretraining_tp", Allowed::kOne, "sliced projections are not supported (1 is)"},
+    {"transformers_weights", Allowed::kUnset, "weights under another name are not supported"},
     {"attn_logit_softcapping", Allowed::kUnset, "soft-capped logits are not supported"},
     {"final_logit_softcapping", Allowed::kUnset, "soft-capped logits are not supported"},
     {"query_pre_attn_scalar", Allowed::kUnset, kScaled},
@@ -95,15 +95,29 @@ absl::Status CheckRestrictions(const JsonFields& fields) {
   return absl::OkStatus();
 }
 
-// Fields whose meaning hangs on the architecture: a window in a llama model is Mistral's; Qwen
-// writes one down without using it (use_sliding_window is checked above).
-absl::Status CheckWindow(const JsonFields& fields, const std::string& architecture) {
+// Whether a layer has a window by the fields that came before layer_types, as Hugging Face fills
+// them in: Qwen has one behind max_window_layers where the switch is on; in a llama model a window
+// is Mistral's.
+absl::StatusOr<bool> HasWindow(const JsonFields& fields, const ModelConfig& config) {
+  const bool is_llama = config.architecture == "llama";
+  HEADSTART_ASSIGN_OR_RETURN(const bool is_used, fields.BoolOr("use_sliding_window", is_llama));
+  if (!is_used) return false;
   const json* window = fields.Find("sliding_window");
-  if (architecture == "llama" && window != nullptr && !IsUnset(*window) &&
-      !fields.Has("use_sliding_window")) {
-    return fields.Error("sliding_window", absl::StrCat("(", kWindow, ")"));
-  }
+  if (is_llama) return window != nullptr && !IsUnset(*window);
+  const bool is_null = fields.object().contains("sliding_window") && window == nullptr;
+  constexpr int64_t kDefaultFirst = 28;
+  HEADSTART_ASSIGN_OR_RETURN(
+      const int64_t first,
+      fields.IntegerOr("max_window_layers", kDefaultFirst, 0, std::numeric_limits<int32_t>::max()));
+  return !is_null && first < config.num_layers;
+}
+
+absl::Status CheckWindow(const JsonFields& fields, const ModelConfig& config) {
   const json* layer_types = fields.Find("layer_types");
+  if (layer_types == nullptr || config.architecture == "llama") {
+    HEADSTART_ASSIGN_OR_RETURN(const bool has_window, HasWindow(fields, config));
+    if (has_window) return fields.Error("sliding_window", absl::StrCat("(", kWindow, ")"));
+  }
   if (layer_types == nullptr) return absl::OkStatus();
   if (!layer_types->is_array()) return fields.Error("layer_types", "is not a list");
   for (const json& type : *layer_types) {
@@ -165,11 +179,15 @@ absl::Status ReadShape(const JsonFields& fields, ModelConfig& config) {
   HEADSTART_ASSIGN_OR_RETURN(config.intermediate_size,
                              fields.Integer("intermediate_size", 1, 1 << 22));
   HEADSTART_ASSIGN_OR_RETURN(config.vocab_size, fields.Integer("vocab_size", 1, 1 << 24));
-  HEADSTART_ASSIGN_OR_RETURN(config.rms_norm_eps, fields.Number("rms_norm_eps", 0.0, 1.0));
+  constexpr double kDefaultEps = 1e-6;  // Hugging Face's, for llama and qwen alike
+  HEADSTART_ASSIGN_OR_RETURN(config.rms_norm_eps,
+                             fields.NumberOr("rms_norm_eps", kDefaultEps, 0.0, 1.0));
   HEADSTART_ASSIGN_OR_RETURN(config.tie_word_embeddings,
                              fields.BoolOr("tie_word_embeddings", false));
   HEADSTART_ASSIGN_OR_RETURN(const std::string activation, fields.StringOr("hidden_act", "silu"));
-  if (activation != "silu") return fields.Error("hidden_act", "is not supported (silu is)");
+  if (activation != "silu" && activation != "swish") {  // two names of one function
+    return fields.Error("hidden_act", "is not supported (silu is)");
+  }
   return ReadHeads(fields, config);
 }
 
@@ -202,7 +220,8 @@ absl::StatusOr<DType> ReadDType(const JsonFields& fields) {
     return fields.Error("torch_dtype", "differs from dtype");
   const absl::string_view field = fields.Has("dtype") ? "dtype" : "torch_dtype";
   const absl::string_view plain = absl::StripPrefix(name, "torch.");
-  if (plain.empty() || plain == "float32") return DType::kF32;
+  // "auto" was asked for when the config was written; every tensor says its own.
+  if (plain.empty() || plain == "auto" || plain == "float32") return DType::kF32;
   if (plain == "bfloat16") return DType::kBF16;
   if (plain == "float16") return DType::kF16;
   return fields.Error(field, "is not supported (float32, bfloat16, float16 are)");
@@ -224,13 +243,14 @@ absl::Status ReadContext(const JsonFields& fields, ModelConfig& config) {
   return absl::OkStatus();
 }
 
-// An id, a list of ids, or null.
-absl::StatusOr<std::vector<int32_t>> ReadEosIds(const JsonFields& fields) {
-  std::vector<int32_t> ids;
+// An id, a list of ids, or nothing. -1 is an id that no token has: what models without an end say.
+absl::StatusOr<std::optional<std::vector<int32_t>>> ReadEosIds(const JsonFields& fields) {
   const json* value = fields.Find("eos_token_id");
-  if (value == nullptr) return ids;
+  if (value == nullptr) return std::nullopt;
+  std::vector<int32_t> ids;
   const json list = value->is_array() ? *value : json::array({*value});
   for (const json& id : list) {
+    if (id.is_number_integer() && id == -1) continue;
     if (!id.is_number_unsigned() ||
         id.get<uint64_t>() > static_cast<uint64_t>(std::numeric_limits<int32_t>::max())) {
       return fields.Error("eos_token_id", "is not a token id or a list of them");
@@ -256,17 +276,23 @@ absl::StatusOr<ModelConfig> ParseModelConfig(absl::string_view text, absl::strin
   ModelConfig config;
   HEADSTART_RETURN_IF_ERROR(ReadArchitecture(fields, config));
   HEADSTART_RETURN_IF_ERROR(CheckRestrictions(fields));
-  HEADSTART_RETURN_IF_ERROR(CheckWindow(fields, config.architecture));
   HEADSTART_RETURN_IF_ERROR(ReadShape(fields, config));
+  HEADSTART_RETURN_IF_ERROR(CheckWindow(fields, config));
   HEADSTART_RETURN_IF_ERROR(ReadBiases(fields, config));
   HEADSTART_ASSIGN_OR_RETURN(config.dtype, ReadDType(fields));
   HEADSTART_RETURN_IF_ERROR(ReadContext(fields, config));
-  HEADSTART_ASSIGN_OR_RETURN(config.eos_token_ids, ReadEosIds(fields));
+  HEADSTART_ASSIGN_OR_RETURN(auto eos_token_ids, ReadEosIds(fields));
+  config.eos_token_ids = std::move(eos_token_ids).value_or(std::vector<int32_t>());
   return config;
 }
 
-absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& model_dir) {
-  HEADSTART_ASSIGN_OR_RETURN(const ModelDir dir, ModelDir::Open(model_dir));
+absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& model_dir, Links links) {
+  HEADSTART_ASSIGN_OR_RETURN(const ModelDir dir, ModelDir::Open(model_dir, links));
+  constexpr absl::string_view kAdapter = "adapter_config.json";
+  if (dir.Contains(kAdapter)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        dir.PathOf(kAdapter), ": adapters are not supported; merge it into the weights"));
+  }
   HEADSTART_ASSIGN_OR_RETURN(const std::string text,
                              dir.ReadText("config.json", kConfigLimits.max_bytes));
   HEADSTART_ASSIGN_OR_RETURN(ModelConfig config, ParseModelConfig(text, dir.PathOf("config.json")));
@@ -275,9 +301,8 @@ absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& model_dir) {
   HEADSTART_ASSIGN_OR_RETURN(const std::string generation,
                              dir.ReadText(kGeneration, kConfigLimits.max_bytes));
   HEADSTART_ASSIGN_OR_RETURN(const json root, ParseObject(generation, dir.PathOf(kGeneration)));
-  HEADSTART_ASSIGN_OR_RETURN(std::vector<int32_t> ids,
-                             ReadEosIds(JsonFields(root, dir.PathOf(kGeneration))));
-  if (!ids.empty()) config.eos_token_ids = std::move(ids);
+  HEADSTART_ASSIGN_OR_RETURN(auto ids, ReadEosIds(JsonFields(root, dir.PathOf(kGeneration))));
+  if (ids) config.eos_token_ids = *std::move(ids);
   return config;
 }
 

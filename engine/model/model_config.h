@@ -8,6 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "engine/model/model_file.h"
 #include "kernels/attention_params.h"
 
 namespace headstart {
@@ -62,8 +63,10 @@ struct ModelConfig {
 absl::StatusOr<ModelConfig> ParseModelConfig(absl::string_view json, absl::string_view file);
 
 // Reads DIR/config.json. Where DIR/generation_config.json has eos ids they replace those of
-// config.json, as in Hugging Face.
-absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& model_dir);
+// config.json, as in Hugging Face. A folder with an adapter (adapter_config.json), which Hugging
+// Face would add to the weights, is refused.
+absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& model_dir,
+                                            Links links = Links::kInside);
 
 // inv_freq[head_dim / 2] after rope scaling, in fp32 as Hugging Face computes it.
 std::vector<float> InverseFrequencies(const RopeConfig& rope, int32_t head_dim);

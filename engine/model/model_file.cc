@@ -1,17 +1,15 @@
 #include "engine/model/model_file.h"
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
-#include <cstring>
 #include <filesystem>
 #include <system_error>
 #include <utility>
 
-#include "absl/cleanup/cleanup.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
@@ -26,23 +24,6 @@ absl::Status CantRead(absl::string_view name, int error) {
       absl::StrCat(name, ": can't be read: ", std::generic_category().message(error)));
 }
 
-// An open descriptor of a regular file and its size. Never waits, not even on a pipe.
-struct OpenFile {
-  int fd = -1;
-  int64_t bytes = 0;
-};
-
-absl::StatusOr<OpenFile> OpenRegular(const std::string& path, absl::string_view name) {
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW);
-  if (fd < 0) return CantRead(name, errno);
-  struct stat info;
-  if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
-    close(fd);
-    return absl::InvalidArgumentError(absl::StrCat(name, ": not a regular file"));
-  }
-  return OpenFile{fd, static_cast<int64_t>(info.st_size)};
-}
-
 bool IsInside(const fs::path& path, const fs::path& root) {
   const auto [root_end, unused] = std::mismatch(root.begin(), root.end(), path.begin(), path.end());
   return root_end == root.end();
@@ -50,13 +31,14 @@ bool IsInside(const fs::path& path, const fs::path& root) {
 
 }  // namespace
 
-absl::StatusOr<ModelDir> ModelDir::Open(const std::string& path) {
+absl::StatusOr<ModelDir> ModelDir::Open(const std::string& path, Links links) {
   std::error_code error;
   const fs::path real = fs::canonical(path, error);
   if (error) return absl::InvalidArgumentError(absl::StrCat(path, ": ", error.message()));
   if (!fs::is_directory(real, error)) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": not a folder"));
   }
+  if (links == Links::kAnywhere) return ModelDir(path, "");
   // …/models--org--name/snapshots/<commit>: files are links to ../../blobs/.
   const fs::path entry = real.parent_path().parent_path();
   const bool is_snapshot = real.parent_path().filename() == "snapshots" &&
@@ -78,45 +60,67 @@ absl::StatusOr<std::string> ModelDir::Resolve(absl::string_view name) const {
   std::error_code error;
   const fs::path real = fs::canonical(path, error);
   if (error) return absl::InvalidArgumentError(absl::StrCat(path, ": ", error.message()));
-  if (!IsInside(real, root_)) {
+  if (!root_.empty() && !IsInside(real, root_)) {
     return absl::InvalidArgumentError(
-        absl::StrCat(path, ": is a link to ", real.string(), ", outside of ", root_));
+        absl::StrCat(path, ": is a link to ", real.string(), ", outside of ", root_,
+                     "; --follow-links=true allows such links"));
   }
   return real.string();
 }
 
 absl::StatusOr<std::string> ModelDir::ReadText(absl::string_view name, int64_t max_bytes) const {
-  const std::string path = PathOf(name);
   HEADSTART_ASSIGN_OR_RETURN(const std::string real, Resolve(name));
-  HEADSTART_ASSIGN_OR_RETURN(const OpenFile file, OpenRegular(real, path));
-  const absl::Cleanup close_file = [fd = file.fd] { close(fd); };
-  if (file.bytes > max_bytes) {
+  HEADSTART_ASSIGN_OR_RETURN(const ModelFile file, ModelFile::Open(real, PathOf(name)));
+  if (file.bytes() > max_bytes) {
     return absl::InvalidArgumentError(
-        absl::StrCat(path, ": ", file.bytes, " bytes, limit ", max_bytes));
+        absl::StrCat(file.name(), ": ", file.bytes(), " bytes, limit ", max_bytes));
   }
-  std::string text(static_cast<size_t>(file.bytes), '\0');
-  size_t done = 0;
-  while (done < text.size()) {
-    const ssize_t got = read(file.fd, text.data() + done, text.size() - done);
-    if (got < 0 && errno == EINTR) continue;
-    if (got <= 0) return CantRead(path, got < 0 ? errno : EIO);
-    done += static_cast<size_t>(got);
-  }
+  std::string text(static_cast<size_t>(file.bytes()), '\0');
+  HEADSTART_RETURN_IF_ERROR(file.Read(0, {reinterpret_cast<std::byte*>(text.data()), text.size()}));
   return text;
 }
 
-absl::StatusOr<MappedFile> MappedFile::Open(const std::string& path, absl::string_view name) {
-  HEADSTART_ASSIGN_OR_RETURN(const OpenFile file, OpenRegular(path, name));
-  const absl::Cleanup close_file = [fd = file.fd] { close(fd); };
-  if (file.bytes == 0) return absl::InvalidArgumentError(absl::StrCat(name, ": empty file"));
-  void* data =
-      mmap(nullptr, static_cast<size_t>(file.bytes), PROT_READ, MAP_PRIVATE, file.fd, /*offset=*/0);
-  if (data == MAP_FAILED) return CantRead(name, errno);
-  return MappedFile(data, file.bytes);
+absl::StatusOr<ModelFile> ModelFile::Open(const std::string& path, std::string name) {
+  // Never waits, not even on a pipe.
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW);
+  if (fd < 0) return CantRead(name, errno);
+  struct stat info {};
+  const bool is_regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
+  ModelFile file(fd, is_regular ? static_cast<int64_t>(info.st_size) : 0, std::move(name));
+  if (!is_regular)
+    return absl::InvalidArgumentError(absl::StrCat(file.name_, ": not a regular file"));
+  if (file.bytes_ == 0) return absl::InvalidArgumentError(absl::StrCat(file.name_, ": empty file"));
+  HEADSTART_RETURN_IF_ERROR(file.CheckNoPointer());
+  return file;
 }
 
-MappedFile::~MappedFile() {
-  if (data_ != nullptr) munmap(data_, static_cast<size_t>(bytes_));
+absl::Status ModelFile::CheckNoPointer() const {
+  constexpr absl::string_view kPointer = "version https://git-lfs.github.com/spec/";
+  std::string start(std::min(static_cast<size_t>(bytes_), kPointer.size()), '\0');
+  HEADSTART_RETURN_IF_ERROR(Read(0, {reinterpret_cast<std::byte*>(start.data()), start.size()}));
+  if (start != kPointer) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(name_, ": a Git LFS pointer of ", bytes_,
+                   " bytes, not the file itself (git lfs pull gets it)"));
+}
+
+absl::Status ModelFile::Read(int64_t offset, absl::Span<std::byte> into) const {
+  while (!into.empty()) {
+    const ssize_t got = pread(fd_, into.data(), into.size(), offset);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return CantRead(name_, errno);
+    if (got == 0) {
+      return absl::InvalidArgumentError(absl::StrCat(name_, ": ends at byte ", offset, ", had ",
+                                                     bytes_, " bytes when it was opened"));
+    }
+    offset += got;
+    into.remove_prefix(static_cast<size_t>(got));
+  }
+  return absl::OkStatus();
+}
+
+ModelFile::~ModelFile() {
+  if (fd_ >= 0) close(fd_);
 }
 
 }  // namespace headstart

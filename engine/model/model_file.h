@@ -11,12 +11,14 @@
 
 namespace headstart {
 
-// A model directory. Symbolic links in it are followed only to targets inside it, or inside the
-// Hugging Face cache entry (models--…/) that it is a snapshot of.
+// Which symbolic links in a model directory are followed: those to targets inside it, or inside the
+// Hugging Face cache entry (models--…/) that it is a snapshot of; or all.
+enum class Links : uint8_t { kInside, kAnywhere };
+
 class ModelDir {
  public:
   // INVALID_ARGUMENT: not a folder that can be read.
-  static absl::StatusOr<ModelDir> Open(const std::string& path);
+  static absl::StatusOr<ModelDir> Open(const std::string& path, Links links = Links::kInside);
 
   // DIR/name, for messages.
   std::string PathOf(absl::string_view name) const;
@@ -30,34 +32,40 @@ class ModelDir {
   ModelDir(std::string path, std::string root) : path_(std::move(path)), root_(std::move(root)) {}
 
   std::string path_;  // as the user named it
-  std::string root_;  // real path that targets must lie in
+  std::string root_;  // real path that targets must lie in; empty: anywhere
 };
 
-// A file mapped read-only. A file that somebody shortens while it is mapped ends the process on the
-// next access; models must not be changed while they load.
-class MappedFile {
+// A file that is read by position, from any thread. What it says may change or go away at any time:
+// that is an error of Read, where a mapping would end the process.
+class ModelFile {
  public:
   // `path`: a resolved path; `name`: for messages. INVALID_ARGUMENT when it is empty, no regular
-  // file, or can't be mapped.
-  static absl::StatusOr<MappedFile> Open(const std::string& path, absl::string_view name);
+  // file, can't be read, or is a Git LFS pointer instead of the file.
+  static absl::StatusOr<ModelFile> Open(const std::string& path, std::string name);
 
-  MappedFile(MappedFile&& other) noexcept { *this = std::move(other); }
-  MappedFile& operator=(MappedFile&& other) noexcept {
-    std::swap(data_, other.data_);
+  ModelFile(ModelFile&& other) noexcept { *this = std::move(other); }
+  ModelFile& operator=(ModelFile&& other) noexcept {
+    std::swap(fd_, other.fd_);
     std::swap(bytes_, other.bytes_);
+    std::swap(name_, other.name_);
     return *this;
   }
-  ~MappedFile();
+  ~ModelFile();
 
-  absl::Span<const std::byte> bytes() const {
-    return {static_cast<const std::byte*>(data_), static_cast<size_t>(bytes_)};
-  }
+  const std::string& name() const { return name_; }
+  int64_t bytes() const { return bytes_; }  // when it was opened
+  // Fills `into` from `offset` on. INVALID_ARGUMENT names the file: shorter than that by now, or
+  // what the system says.
+  absl::Status Read(int64_t offset, absl::Span<std::byte> into) const;
 
  private:
-  MappedFile(void* data, int64_t bytes) : data_(data), bytes_(bytes) {}
+  ModelFile(int fd, int64_t bytes, std::string name)
+      : fd_(fd), bytes_(bytes), name_(std::move(name)) {}
+  absl::Status CheckNoPointer() const;
 
-  void* data_ = nullptr;
+  int fd_ = -1;
   int64_t bytes_ = 0;
+  std::string name_;
 };
 
 }  // namespace headstart

@@ -16,8 +16,7 @@ namespace {
 
 using nlohmann::json;
 
-constexpr int64_t kLengthBytes = 8;               // little-endian length of the header, first
-constexpr int64_t kMaxHeaderBytes = 100'000'000;  // the limit of the safetensors library
+constexpr int64_t kLengthBytes = 8;  // little-endian length of the header, first
 constexpr int64_t kMaxIndexBytes = 16 << 20;
 constexpr int64_t kMaxJsonValues = 500'000;  // about 40 000 tensors
 constexpr int64_t kMaxNameBytes = 512;
@@ -152,9 +151,9 @@ absl::StatusOr<int64_t> ReadHeaderBytes(absl::Span<const std::byte> prefix, int6
   }
   uint64_t length = 0;
   std::memcpy(&length, prefix.data(), kLengthBytes);
-  if (length > static_cast<uint64_t>(kMaxHeaderBytes)) {
+  if (length > static_cast<uint64_t>(kMaxSafetensorsHeaderBytes)) {
     return absl::InvalidArgumentError(
-        absl::StrCat(file, ": header of ", length, " bytes, limit ", kMaxHeaderBytes));
+        absl::StrCat(file, ": header of ", length, " bytes, limit ", kMaxSafetensorsHeaderBytes));
   }
   const auto bytes = static_cast<int64_t>(length);
   if (bytes > file_size - kLengthBytes ||
@@ -176,9 +175,9 @@ absl::StatusOr<SafetensorsHeader> ParseSafetensorsHeader(absl::Span<const std::b
   if (!absl::StartsWith(text, "{")) {
     return absl::InvalidArgumentError(absl::StrCat(file, ": header does not begin with {"));
   }
-  HEADSTART_ASSIGN_OR_RETURN(
-      const json root,
-      ParseJson(text, file, {.max_bytes = kMaxHeaderBytes, .max_values = kMaxJsonValues}));
+  HEADSTART_ASSIGN_OR_RETURN(const json root, ParseJson(text, file,
+                                                        {.max_bytes = kMaxSafetensorsHeaderBytes,
+                                                         .max_values = kMaxJsonValues}));
   SafetensorsHeader header;
   header.data_offset = kLengthBytes + header_bytes;
   const int64_t data_bytes = file_size - header.data_offset;

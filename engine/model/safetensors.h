@@ -1,5 +1,5 @@
-// Read-only access to model weights in safetensors files: one file, or shards with an index. Files
-// are mapped, not read; they are not trusted.
+// Read-only access to model weights in safetensors files: one file, or shards with an index. They
+// are not trusted.
 #pragma once
 
 #include <cstddef>
@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
+#include "engine/model/model_file.h"
 #include "kernels/base/dtype.h"
 
 namespace headstart {
@@ -29,6 +30,10 @@ struct SafetensorsHeader {
   int64_t data_offset = 0;  // of the data section in the file
 };
 
+// A header is read into memory before it is looked at. As much as all the JSON values that are
+// taken can need; the safetensors library takes 100 MB.
+inline constexpr int64_t kMaxSafetensorsHeaderBytes = 32 << 20;
+
 // Parses the head of a safetensors file of `file_size` bytes, of which `prefix` holds at least the
 // first 8 + header length bytes (or all that there is). INVALID_ARGUMENT names file and tensor:
 // truncated, header too large, not JSON, duplicate names, unknown dtype, negative or overflowing
@@ -42,26 +47,29 @@ absl::StatusOr<SafetensorsHeader> ParseSafetensorsHeader(absl::Span<const std::b
 absl::StatusOr<absl::flat_hash_map<std::string, std::string>> ParseSafetensorsIndex(
     absl::string_view json, absl::string_view file);
 
-// A tensor inside a mapped file; `data` lives as long as the WeightFiles it came from.
+// A tensor in a file, which lives as long as the WeightFiles it came from.
 struct StoredTensor {
-  std::string file;
+  const ModelFile* file = nullptr;
+  std::string name;  // in the file
   DType dtype = DType::kF32;
   std::vector<int64_t> shape;
-  const std::byte* data = nullptr;  // not always aligned to the dtype
+  int64_t offset = 0;  // in the file; need not be a multiple of anything
   int64_t bytes = 0;
+
+  std::string Where() const;  // "FILE: tensor NAME", for messages
 };
 
 // All tensors of a model directory.
 class WeightFiles {
  public:
   // Opens DIR/model.safetensors, or the shards that DIR/model.safetensors.index.json names.
-  // Symbolic links are followed only inside the model's own folder or the Hugging Face cache entry
-  // (models--…/) that it is a snapshot of.
-  static absl::StatusOr<std::unique_ptr<WeightFiles>> Open(const std::string& model_dir);
+  static absl::StatusOr<std::unique_ptr<WeightFiles>> Open(const std::string& model_dir,
+                                                           Links links = Links::kInside);
 
   ~WeightFiles();
   // NOT_FOUND names the tensor. INVALID_ARGUMENT when its dtype is not f32, bf16 or f16.
   absl::StatusOr<StoredTensor> Find(absl::string_view name) const;
+  bool Contains(absl::string_view name) const;
   std::vector<std::string> Names() const;  // sorted
   // The file that a tensor lies in, for messages; empty when there is no such tensor.
   std::string FileOf(absl::string_view name) const;

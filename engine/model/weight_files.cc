@@ -1,5 +1,6 @@
-// The tensors of a model directory: mapped files and a table of names.
+// The tensors of a model directory: open files and a table of names.
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "absl/container/btree_map.h"
@@ -25,12 +26,26 @@ absl::StatusOr<DType> WeightDType(const TensorEntry& entry, absl::string_view wh
       absl::StrCat(where, ": dtype ", entry.dtype, " is not supported (F32, BF16, F16 are)"));
 }
 
+// As much as the header says that it is long, or less where that can't be.
+absl::StatusOr<std::vector<std::byte>> ReadHead(const ModelFile& file) {
+  uint64_t length = 0;
+  std::vector<std::byte> head(std::min(file.bytes(), static_cast<int64_t>(sizeof(length))));
+  HEADSTART_RETURN_IF_ERROR(file.Read(0, absl::MakeSpan(head)));
+  if (head.size() < sizeof(length)) return head;
+  std::memcpy(&length, head.data(), sizeof(length));
+  const int64_t most =
+      std::min(file.bytes() - static_cast<int64_t>(sizeof(length)), kMaxSafetensorsHeaderBytes);
+  if (length > static_cast<uint64_t>(most)) return head;
+  head.resize(sizeof(length) + length);
+  HEADSTART_RETURN_IF_ERROR(file.Read(0, absl::MakeSpan(head)));
+  return head;
+}
+
 }  // namespace
 
 struct WeightFiles::State {
   struct Shard {
-    std::string path;  // for messages
-    MappedFile file;
+    ModelFile file;
     SafetensorsHeader header;
   };
   struct Place {
@@ -40,33 +55,32 @@ struct WeightFiles::State {
   std::vector<Shard> shards;
   absl::btree_map<std::string, Place> tensors;
 
-  absl::Status MapShard(const ModelDir& dir, absl::string_view name);
-  absl::Status MapIndexed(const ModelDir& dir);
+  absl::Status OpenShard(const ModelDir& dir, absl::string_view name);
+  absl::Status OpenIndexed(const ModelDir& dir);
   absl::Status CheckAgainstIndex(const ModelDir& dir,
                                  const absl::flat_hash_map<std::string, std::string>& index) const;
   absl::Status BuildTable();
   std::string Where(absl::string_view name, const Place& place) const {
-    return absl::StrCat(shards[place.shard].path, ": tensor ", Quoted(name));
+    return absl::StrCat(shards[place.shard].file.name(), ": tensor ", Quoted(name));
   }
 };
 
-absl::Status WeightFiles::State::MapShard(const ModelDir& dir, absl::string_view name) {
-  const std::string path = dir.PathOf(name);
+absl::Status WeightFiles::State::OpenShard(const ModelDir& dir, absl::string_view name) {
   HEADSTART_ASSIGN_OR_RETURN(const std::string real_path, dir.Resolve(name));
-  HEADSTART_ASSIGN_OR_RETURN(MappedFile file, MappedFile::Open(real_path, path));
-  HEADSTART_ASSIGN_OR_RETURN(
-      SafetensorsHeader header,
-      ParseSafetensorsHeader(file.bytes(), static_cast<int64_t>(file.bytes().size()), path));
-  shards.push_back({path, std::move(file), std::move(header)});
+  HEADSTART_ASSIGN_OR_RETURN(ModelFile file, ModelFile::Open(real_path, dir.PathOf(name)));
+  HEADSTART_ASSIGN_OR_RETURN(const std::vector<std::byte> head, ReadHead(file));
+  HEADSTART_ASSIGN_OR_RETURN(SafetensorsHeader header,
+                             ParseSafetensorsHeader(head, file.bytes(), file.name()));
+  shards.push_back({std::move(file), std::move(header)});
   return absl::OkStatus();
 }
 
-absl::Status WeightFiles::State::MapIndexed(const ModelDir& dir) {
+absl::Status WeightFiles::State::OpenIndexed(const ModelDir& dir) {
   HEADSTART_ASSIGN_OR_RETURN(const std::string text, dir.ReadText(kIndexFile, kMaxIndexFileBytes));
   HEADSTART_ASSIGN_OR_RETURN(const auto index, ParseSafetensorsIndex(text, dir.PathOf(kIndexFile)));
   absl::btree_set<std::string> names;
   for (const auto& [tensor, shard] : index) names.insert(shard);
-  for (const std::string& name : names) HEADSTART_RETURN_IF_ERROR(MapShard(dir, name));
+  for (const std::string& name : names) HEADSTART_RETURN_IF_ERROR(OpenShard(dir, name));
   HEADSTART_RETURN_IF_ERROR(BuildTable());
   return CheckAgainstIndex(dir, index);
 }
@@ -76,7 +90,7 @@ absl::Status WeightFiles::State::CheckAgainstIndex(
     const ModelDir& dir, const absl::flat_hash_map<std::string, std::string>& index) const {
   for (const auto& [name, shard] : index) {
     const auto found = tensors.find(name);
-    if (found == tensors.end() || shards[found->second.shard].path != dir.PathOf(shard)) {
+    if (found == tensors.end() || shards[found->second.shard].file.name() != dir.PathOf(shard)) {
       return absl::InvalidArgumentError(absl::StrCat(dir.PathOf(shard), ": tensor ", Quoted(name),
                                                      " is missing; ", kIndexFile,
                                                      " says it is there"));
@@ -96,25 +110,30 @@ absl::Status WeightFiles::State::BuildTable() {
       const Place place{i, &entry};
       const auto [known, is_new] = tensors.emplace(name, place);
       if (!is_new) {
-        return absl::InvalidArgumentError(
-            absl::StrCat(Where(name, place), ": also in ", shards[known->second.shard].path));
+        return absl::InvalidArgumentError(absl::StrCat(Where(name, place), ": also in ",
+                                                       shards[known->second.shard].file.name()));
       }
     }
   }
   return absl::OkStatus();
 }
 
+std::string StoredTensor::Where() const {
+  return absl::StrCat(file->name(), ": tensor ", Quoted(name));
+}
+
 WeightFiles::WeightFiles(std::unique_ptr<State> state) : state_(std::move(state)) {}
 WeightFiles::~WeightFiles() = default;
 
-absl::StatusOr<std::unique_ptr<WeightFiles>> WeightFiles::Open(const std::string& model_dir) {
-  HEADSTART_ASSIGN_OR_RETURN(const ModelDir dir, ModelDir::Open(model_dir));
+absl::StatusOr<std::unique_ptr<WeightFiles>> WeightFiles::Open(const std::string& model_dir,
+                                                               Links links) {
+  HEADSTART_ASSIGN_OR_RETURN(const ModelDir dir, ModelDir::Open(model_dir, links));
   auto state = std::make_unique<State>();
   if (dir.Contains(kSingleFile)) {
-    HEADSTART_RETURN_IF_ERROR(state->MapShard(dir, kSingleFile));
+    HEADSTART_RETURN_IF_ERROR(state->OpenShard(dir, kSingleFile));
     HEADSTART_RETURN_IF_ERROR(state->BuildTable());
   } else if (dir.Contains(kIndexFile)) {
-    HEADSTART_RETURN_IF_ERROR(state->MapIndexed(dir));
+    HEADSTART_RETURN_IF_ERROR(state->OpenIndexed(dir));
   } else {
     return absl::InvalidArgumentError(
         absl::StrCat(model_dir, ": has neither ", kSingleFile, " nor ", kIndexFile));
@@ -125,7 +144,7 @@ absl::StatusOr<std::unique_ptr<WeightFiles>> WeightFiles::Open(const std::string
 absl::StatusOr<StoredTensor> WeightFiles::Find(absl::string_view name) const {
   const auto found = state_->tensors.find(name);
   if (found == state_->tensors.end()) {
-    return absl::NotFoundError(absl::StrCat(state_->shards.front().path,
+    return absl::NotFoundError(absl::StrCat(state_->shards.front().file.name(),
                                             state_->shards.size() > 1 ? " and its siblings" : "",
                                             ": tensor ", Quoted(name), " is missing"));
   }
@@ -133,10 +152,15 @@ absl::StatusOr<StoredTensor> WeightFiles::Find(absl::string_view name) const {
   const State::Shard& shard = state_->shards[shard_index];
   HEADSTART_ASSIGN_OR_RETURN(const DType dtype,
                              WeightDType(*entry, state_->Where(name, found->second)));
-  return StoredTensor{shard.path, dtype, entry->shape,
-                      shard.file.bytes().data() + shard.header.data_offset + entry->begin,
+  return StoredTensor{&shard.file,
+                      std::string(name),
+                      dtype,
+                      entry->shape,
+                      shard.header.data_offset + entry->begin,
                       entry->end - entry->begin};
 }
+
+bool WeightFiles::Contains(absl::string_view name) const { return state_->tensors.contains(name); }
 
 std::vector<std::string> WeightFiles::Names() const {
   std::vector<std::string> names;
@@ -146,7 +170,7 @@ std::vector<std::string> WeightFiles::Names() const {
 
 std::string WeightFiles::FileOf(absl::string_view name) const {
   const auto found = state_->tensors.find(name);
-  return found == state_->tensors.end() ? "" : state_->shards[found->second.shard].path;
+  return found == state_->tensors.end() ? "" : state_->shards[found->second.shard].file.name();
 }
 
 int64_t WeightFiles::total_bytes() const {

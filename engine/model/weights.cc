@@ -1,175 +1,141 @@
 #include "engine/model/weights.h"
 
-#include <openssl/sha.h>
-
-#include <cstring>
+#include <cstdlib>
 #include <utility>
 
 #include "absl/container/btree_map.h"
-#include "absl/strings/escaping.h"
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
-#include "absl/strings/str_join.h"
-#include "engine/model/json_reader.h"
-#include "engine/model/tensor_scan.h"
+#include "engine/model/model_hash.h"
+#include "engine/model/model_tensors.h"
+#include "engine/model/tensor_reader.h"
+#include "kernels/base/machine.h"
 #include "kernels/base/status_macros.h"
 
 namespace headstart {
 namespace {
 
-// What of the configuration changes the numbers that come out.
-std::string ConfigText(const ModelConfig& c) {
-  const RopeConfig& r = c.rope;
-  return absl::StrFormat(
-      "%s hidden=%d layers=%d heads=%d kv_heads=%d head_dim=%d ffn=%d vocab=%d eps=%.9g tied=%d "
-      "qkv_bias=%d o_bias=%d mlp_bias=%d qk_norm=%d rope=%s theta=%.17g factor=%.17g original=%d "
-      "low=%.17g high=%.17g fast=%.17g slow=%.17g truncate=%d attention_factor=%.17g\n",
-      c.architecture, c.hidden_size, c.num_layers, c.heads.num_heads, c.heads.num_kv_heads,
-      c.heads.head_dim, c.intermediate_size, c.vocab_size, c.rms_norm_eps, c.tie_word_embeddings,
-      c.qkv_bias, c.o_bias, c.mlp_bias, c.qk_norm, RopeTypeName(r.type), r.theta, r.factor,
-      r.original_max_positions, r.low_freq_factor, r.high_freq_factor, r.beta_fast, r.beta_slow,
-      r.truncate, r.attention_factor);
-}
+struct FreeDeleter {
+  void operator()(std::byte* data) const { std::free(data); }
+};
 
-std::string Sha256Hex(absl::string_view text) {
-  unsigned char digest[SHA256_DIGEST_LENGTH];
-  SHA256(reinterpret_cast<const unsigned char*>(text.data()), text.size(), digest);
-  return absl::BytesToHexString(
-      absl::string_view(reinterpret_cast<const char*>(digest), sizeof(digest)));
-}
-
-// Takes tensors out of the files, each checked and hashed the first time, and gives them to the
-// backend.
+// Reads tensors, each once, and gives them to the backend.
 class Loader {
  public:
-  Loader(const ModelConfig& config, const WeightFiles& files, Backend& backend,
-         const LoadProgress& progress)
-      : config_(config), files_(files), backend_(backend), progress_(progress) {}
+  Loader(ModelTensors tensors, int64_t total_bytes, Backend& backend, const LoadProgress& progress,
+         int32_t num_threads)
+      : tensors_(std::move(tensors)),
+        total_bytes_(total_bytes),
+        backend_(backend),
+        progress_(progress),
+        num_threads_(num_threads > 0 ? num_threads : UsableCpus()) {}
 
-  absl::StatusOr<Buffer> Table(const std::string& name, int64_t rows, int64_t cols) {
-    HEADSTART_ASSIGN_OR_RETURN(const HostTensor tensor, Take(name, {rows, cols}));
-    absl::StatusOr<Buffer> table = backend_.PrepareTable(tensor);
-    copies_.clear();
-    return table;
-  }
-
-  absl::StatusOr<Buffer> Norm(const std::string& prefix, int64_t size) {
-    HEADSTART_ASSIGN_OR_RETURN(const HostTensor tensor, Take(prefix + ".weight", {size}));
-    absl::StatusOr<Buffer> vector = backend_.PrepareVector(tensor);
-    copies_.clear();
-    return vector;
-  }
-
-  // PREFIX.weight [rows, cols] and, where the model has it, PREFIX.bias [rows].
-  struct Part {
-    std::string prefix;
-    int64_t rows;
-  };
-  absl::StatusOr<std::unique_ptr<LinearWeight>> Linear(absl::Span<const Part> parts, int64_t cols,
-                                                       bool has_bias) {
-    std::vector<HostTensor> weights, biases;
-    for (const Part& part : parts) {
-      HEADSTART_ASSIGN_OR_RETURN(weights.emplace_back(),
-                                 Take(part.prefix + ".weight", {part.rows, cols}));
-      if (!has_bias) continue;
-      HEADSTART_ASSIGN_OR_RETURN(biases.emplace_back(), Take(part.prefix + ".bias", {part.rows}));
+  absl::Status Ends(ModelWeights& out) {
+    HEADSTART_ASSIGN_OR_RETURN(const HostTensor embedding, ReadOne(kEmbedding));
+    HEADSTART_ASSIGN_OR_RETURN(out.embedding, backend_.PrepareTable(embedding));
+    HostTensor head = embedding;
+    if (tensors_.contains(kHead)) {
+      HEADSTART_ASSIGN_OR_RETURN(head, ReadOne(kHead));
     }
-    auto linear = backend_.PrepareLinear(weights, biases);
-    copies_.clear();
-    return linear;
-  }
-
-  // Every tensor of the files was taken, or is known to carry nothing.
-  absl::Status CheckLeftovers() const {
-    for (const std::string& name : files_.Names()) {
-      const bool harmless = absl::EndsWith(name, "rotary_emb.inv_freq") ||
-                            (config_.tie_word_embeddings && name == "lm_head.weight");
-      if (harmless || hash_lines_.contains(name)) continue;
-      return absl::InvalidArgumentError(absl::StrCat(files_.FileOf(name), ": tensor ", Quoted(name),
-                                                     " has no place in a ", config_.architecture,
-                                                     " model of this config.json"));
-    }
+    HEADSTART_ASSIGN_OR_RETURN(out.lm_head, backend_.PrepareLinear({head}, {}));
     return absl::OkStatus();
   }
 
-  std::string ModelHash() const {
-    std::string text = ConfigText(config_);
-    for (const auto& [name, line] : hash_lines_) text += line;
-    return Sha256Hex(text);
+  absl::StatusOr<Buffer> Norm(const std::string& prefix) {
+    HEADSTART_ASSIGN_OR_RETURN(const HostTensor vector, ReadOne(prefix + ".weight"));
+    return backend_.PrepareVector(vector);
+  }
+
+  // PREFIX.weight of each part and, where the model has it, PREFIX.bias.
+  absl::StatusOr<std::unique_ptr<LinearWeight>> Linear(std::vector<std::string> prefixes) {
+    std::vector<std::string> names;
+    for (const std::string& prefix : prefixes) names.push_back(prefix + ".weight");
+    for (const std::string& prefix : prefixes) {
+      if (tensors_.contains(prefix + ".bias")) names.push_back(prefix + ".bias");
+    }
+    HEADSTART_ASSIGN_OR_RETURN(const std::vector<HostTensor> read, Read(names));
+    const absl::Span<const HostTensor> all = read;
+    return backend_.PrepareLinear(all.first(prefixes.size()), all.subspan(prefixes.size()));
+  }
+
+  std::string Hash(const ModelConfig& config) const {
+    return ModelHash(config, tensors_, digests_);
   }
 
  private:
-  absl::StatusOr<HostTensor> Take(const std::string& name, const std::vector<int64_t>& shape) {
-    absl::StatusOr<StoredTensor> found = files_.Find(name);
-    if (!found.ok()) return absl::InvalidArgumentError(found.status().message());
-    const std::string where = absl::StrCat(found->file, ": tensor ", Quoted(name));
-    if (found->shape != shape) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(where, ": shape [", absl::StrJoin(found->shape, ", "),
-                       "], config.json makes it [", absl::StrJoin(shape, ", "), "]"));
+  absl::StatusOr<HostTensor> ReadOne(const std::string& name) {
+    HEADSTART_ASSIGN_OR_RETURN(const std::vector<HostTensor> read, Read({name}));
+    return read.front();
+  }
+
+  // What it returns lies in `memory_` until the next call.
+  absl::StatusOr<std::vector<HostTensor>> Read(const std::vector<std::string>& names) {
+    std::vector<int64_t> offsets;
+    int64_t bytes = 0;
+    for (const std::string& name : names) {
+      constexpr int64_t kAlignment = 64;
+      offsets.push_back(bytes);
+      bytes += (tensors_.at(name).bytes + kAlignment - 1) / kAlignment * kAlignment;
     }
-    if (!hash_lines_.contains(name)) HEADSTART_RETURN_IF_ERROR(Scan(name, *found, where));
-    const int64_t rows = shape.size() == 1 ? 1 : shape[0];
-    return HostTensor{Aligned(*found), found->dtype, rows, shape.back()};
-  }
-
-  absl::Status Scan(const std::string& name, const StoredTensor& tensor, absl::string_view where) {
-    const TensorScan scan = ScanTensor(tensor);
-    if (scan.first_nonfinite >= 0) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(where, ": element ", scan.first_nonfinite, " is not finite"));
+    HEADSTART_RETURN_IF_ERROR(Reserve(bytes));
+    std::vector<TensorRead> reads;
+    std::vector<HostTensor> out;
+    for (size_t i = 0; i < names.size(); ++i) {
+      const StoredTensor& tensor = tensors_.at(names[i]);
+      const int64_t rows = tensor.shape.size() == 1 ? 1 : tensor.shape[0];
+      reads.push_back({tensor, memory_.get() + offsets[i]});
+      out.push_back({reads.back().into, tensor.dtype, rows, tensor.shape.back()});
+      done_bytes_ += tensor.bytes;
     }
-    hash_lines_[name] = absl::StrFormat("%s %s [%s] %08x\n", name, DTypeName(tensor.dtype),
-                                        absl::StrJoin(tensor.shape, ","), scan.crc32c);
-    done_bytes_ += tensor.bytes;
-    return progress_ ? progress_(done_bytes_, files_.total_bytes()) : absl::OkStatus();
+    HEADSTART_ASSIGN_OR_RETURN(const std::vector<Sha256> digests, ReadTensors(reads, num_threads_));
+    for (size_t i = 0; i < names.size(); ++i) digests_[names[i]] = digests[i];
+    if (progress_) HEADSTART_RETURN_IF_ERROR(progress_(done_bytes_, total_bytes_));
+    return out;
   }
 
-  // The tensor's data, or a copy when it lies across its natural alignment in the file.
-  const void* Aligned(const StoredTensor& tensor) {
-    const auto address = reinterpret_cast<uintptr_t>(tensor.data);
-    if (address % static_cast<uintptr_t>(DTypeBytes(tensor.dtype)) == 0) return tensor.data;
-    copies_.emplace_back(tensor.data, tensor.data + tensor.bytes);
-    return copies_.back().data();
+  absl::Status Reserve(int64_t bytes) {
+    if (bytes <= capacity_) return absl::OkStatus();
+    memory_.reset();
+    memory_.reset(static_cast<std::byte*>(std::malloc(static_cast<size_t>(bytes))));
+    capacity_ = memory_ == nullptr ? 0 : bytes;
+    if (memory_ != nullptr) return absl::OkStatus();
+    return absl::ResourceExhaustedError(
+        absl::StrCat("cannot allocate ", bytes, " bytes on the host to read weights"));
   }
 
-  const ModelConfig& config_;
-  const WeightFiles& files_;
+  const ModelTensors tensors_;
+  const int64_t total_bytes_;
   Backend& backend_;
   const LoadProgress& progress_;
-  absl::btree_map<std::string, std::string> hash_lines_;  // by tensor
-  std::vector<std::vector<std::byte>> copies_;            // live until the backend has taken them
+  const int32_t num_threads_;
+  absl::btree_map<std::string, Sha256> digests_;  // by tensor
+  std::unique_ptr<std::byte, FreeDeleter> memory_;
+  int64_t capacity_ = 0;
   int64_t done_bytes_ = 0;
 };
+
+int64_t BytesOf(const ModelTensors& tensors) {
+  int64_t bytes = 0;
+  for (const auto& [name, tensor] : tensors) bytes += tensor.bytes;
+  return bytes;
+}
 
 absl::StatusOr<LayerWeights> LoadLayer(const ModelConfig& config, int32_t layer, Loader& load) {
   const std::string prefix = absl::StrCat("model.layers.", layer, ".");
   const std::string attention = prefix + "self_attn.";
-  const int64_t hidden = config.hidden_size;
-  const int64_t ffn = config.intermediate_size;
-  const HeadShape& heads = config.heads;
-  const int64_t q_size = int64_t{heads.num_heads} * heads.head_dim;
-  const int64_t kv_size = int64_t{heads.num_kv_heads} * heads.head_dim;
   LayerWeights out;
-  HEADSTART_ASSIGN_OR_RETURN(out.input_norm, load.Norm(prefix + "input_layernorm", hidden));
-  HEADSTART_ASSIGN_OR_RETURN(out.qkv, load.Linear({{attention + "q_proj", q_size},
-                                                   {attention + "k_proj", kv_size},
-                                                   {attention + "v_proj", kv_size}},
-                                                  hidden, config.qkv_bias));
+  HEADSTART_ASSIGN_OR_RETURN(out.input_norm, load.Norm(prefix + "input_layernorm"));
+  HEADSTART_ASSIGN_OR_RETURN(
+      out.qkv, load.Linear({attention + "q_proj", attention + "k_proj", attention + "v_proj"}));
   if (config.qk_norm) {
-    HEADSTART_ASSIGN_OR_RETURN(out.q_norm, load.Norm(attention + "q_norm", heads.head_dim));
-    HEADSTART_ASSIGN_OR_RETURN(out.k_norm, load.Norm(attention + "k_norm", heads.head_dim));
+    HEADSTART_ASSIGN_OR_RETURN(out.q_norm, load.Norm(attention + "q_norm"));
+    HEADSTART_ASSIGN_OR_RETURN(out.k_norm, load.Norm(attention + "k_norm"));
   }
-  HEADSTART_ASSIGN_OR_RETURN(out.output,
-                             load.Linear({{attention + "o_proj", hidden}}, q_size, config.o_bias));
+  HEADSTART_ASSIGN_OR_RETURN(out.output, load.Linear({attention + "o_proj"}));
   HEADSTART_ASSIGN_OR_RETURN(out.post_attention_norm,
-                             load.Norm(prefix + "post_attention_layernorm", hidden));
-  HEADSTART_ASSIGN_OR_RETURN(
-      out.gate_up, load.Linear({{prefix + "mlp.gate_proj", ffn}, {prefix + "mlp.up_proj", ffn}},
-                               hidden, config.mlp_bias));
-  HEADSTART_ASSIGN_OR_RETURN(
-      out.down, load.Linear({{prefix + "mlp.down_proj", hidden}}, ffn, config.mlp_bias));
+                             load.Norm(prefix + "post_attention_layernorm"));
+  HEADSTART_ASSIGN_OR_RETURN(out.gate_up,
+                             load.Linear({prefix + "mlp.gate_proj", prefix + "mlp.up_proj"}));
+  HEADSTART_ASSIGN_OR_RETURN(out.down, load.Linear({prefix + "mlp.down_proj"}));
   return out;
 }
 
@@ -177,25 +143,21 @@ absl::StatusOr<LayerWeights> LoadLayer(const ModelConfig& config, int32_t layer,
 
 absl::StatusOr<ModelWeights> LoadWeights(const ModelConfig& config, const WeightFiles& files,
                                          Backend& backend, int64_t num_positions,
-                                         const LoadProgress& progress) {
-  const std::string embedding = "model.embed_tokens";
-  Loader load(config, files, backend, progress);
+                                         const LoadProgress& progress, int32_t num_threads) {
+  HEADSTART_ASSIGN_OR_RETURN(ModelTensors tensors, FindModelTensors(config, files));
+  const int64_t total_bytes = BytesOf(tensors);
+  Loader load(std::move(tensors), total_bytes, backend, progress, num_threads);
   ModelWeights out;
-  HEADSTART_ASSIGN_OR_RETURN(
-      out.embedding, load.Table(embedding + ".weight", config.vocab_size, config.hidden_size));
+  HEADSTART_RETURN_IF_ERROR(load.Ends(out));
   for (int32_t layer = 0; layer < config.num_layers; ++layer) {
     HEADSTART_ASSIGN_OR_RETURN(out.layers.emplace_back(), LoadLayer(config, layer, load));
   }
-  HEADSTART_ASSIGN_OR_RETURN(out.final_norm, load.Norm("model.norm", config.hidden_size));
-  const std::string head = config.tie_word_embeddings ? embedding : "lm_head";
-  HEADSTART_ASSIGN_OR_RETURN(out.lm_head,
-                             load.Linear({{head, config.vocab_size}}, config.hidden_size, false));
-  HEADSTART_RETURN_IF_ERROR(load.CheckLeftovers());
+  HEADSTART_ASSIGN_OR_RETURN(out.final_norm, load.Norm("model.norm"));
   HEADSTART_ASSIGN_OR_RETURN(
       out.rope,
       backend.PrepareRope(InverseFrequencies(config.rope, config.heads.head_dim),
                           static_cast<float>(config.rope.attention_factor), num_positions));
-  out.model_hash = load.ModelHash();
+  out.model_hash = load.Hash(config);
   return out;
 }
 

@@ -30,22 +30,19 @@ struct ModelWeights {
   Buffer final_norm;                      // f32 [hidden]
   std::unique_ptr<LinearWeight> lm_head;  // [vocab, hidden]
   std::unique_ptr<RopeTable> rope;
-  // Lower-case hex SHA-256 over the configuration and, for every tensor in order of name, its name,
-  // dtype, shape and CRC-32C: equal for equal models whatever their sharding.
-  std::string model_hash;
+  std::string model_hash;  // of what was loaded; see model_hash.h
 };
 
 // Called with bytes done and in all, from the loading thread. An error ends the loading with it.
 using LoadProgress = std::function<absl::Status(int64_t done_bytes, int64_t total_bytes)>;
 
-// Loads, checks and hands over every tensor. INVALID_ARGUMENT names file and tensor: missing, wrong
-// shape, dtype that is not f32, bf16 or f16, values that are not finite, and a tensor that the
-// configuration has no place for (transformers warns of it and goes on; here it would mean wrong
-// results in silence). Left out without a word: rotary_emb.inv_freq, which old Llama checkpoints
-// carry, and lm_head.weight when the embeddings are tied. The RoPE table covers positions [0,
-// num_positions). `progress` may be null.
+// Loads, checks and hands over every tensor. INVALID_ARGUMENT: whatever FindModelTensors says,
+// before anything is read, and values that are not finite. The RoPE table covers positions [0,
+// num_positions). `progress` may be null. Reads and hashes with `num_threads` threads; 0: all CPUs
+// that the process may use. Beside what the backend keeps it takes host memory for what becomes one
+// weight: as much as the embedding, or gate and up.
 absl::StatusOr<ModelWeights> LoadWeights(const ModelConfig& config, const WeightFiles& files,
                                          Backend& backend, int64_t num_positions,
-                                         const LoadProgress& progress);
+                                         const LoadProgress& progress, int32_t num_threads = 0);
 
 }  // namespace headstart

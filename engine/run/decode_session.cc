@@ -34,7 +34,7 @@ struct DecodeSession::State {
 
 absl::StatusOr<std::unique_ptr<DecodeSession>> DecodeSession::Create(const DecodeOptions& options,
                                                                      const LoadProgress& progress) {
-  HEADSTART_RETURN_IF_ERROR(ReadModelConfig(options.model_dir).status());
+  HEADSTART_RETURN_IF_ERROR(ReadModelConfig(options.model_dir, options.links).status());
   HEADSTART_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend, MakeBackend(options.backend));
   return Create(options, std::move(backend), progress);
 }
@@ -43,7 +43,7 @@ absl::StatusOr<std::unique_ptr<DecodeSession>> DecodeSession::Create(
     const DecodeOptions& options, std::unique_ptr<Backend> backend, const LoadProgress& progress) {
   auto state = std::make_unique<State>();
   state->backend = std::move(backend);
-  HEADSTART_ASSIGN_OR_RETURN(state->config, ReadModelConfig(options.model_dir));
+  HEADSTART_ASSIGN_OR_RETURN(state->config, ReadModelConfig(options.model_dir, options.links));
   const ModelConfig& config = state->config;
   if (options.max_tokens < 0 || options.max_tokens > config.max_positions) {
     return absl::InvalidArgumentError(absl::StrCat("max_tokens=", options.max_tokens,
@@ -51,9 +51,10 @@ absl::StatusOr<std::unique_ptr<DecodeSession>> DecodeSession::Create(
                                                    "], the model's context"));
   }
   state->max_tokens = options.max_tokens == 0 ? config.max_positions : options.max_tokens;
-  HEADSTART_ASSIGN_OR_RETURN(const auto files, WeightFiles::Open(options.model_dir));
+  HEADSTART_ASSIGN_OR_RETURN(const auto files, WeightFiles::Open(options.model_dir, options.links));
   HEADSTART_ASSIGN_OR_RETURN(
-      state->weights, LoadWeights(config, *files, *state->backend, state->max_tokens, progress));
+      state->weights, LoadWeights(config, *files, *state->backend, state->max_tokens, progress,
+                                  options.backend.num_threads));
   const int64_t num_pages = NumBlocks(state->max_tokens);
   HEADSTART_ASSIGN_OR_RETURN(state->kv, KvCache::Create(config, num_pages, *state->backend));
   HEADSTART_ASSIGN_OR_RETURN(state->slot, RequestSlot::Create(config, num_pages, *state->backend));

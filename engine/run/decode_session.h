@@ -18,6 +18,7 @@ namespace headstart {
 
 struct DecodeOptions {
   std::string model_dir;
+  Links links = Links::kInside;
   BackendOptions backend;
   int64_t max_tokens = 0;  // prompt and generated ones; 0: the model's context
 };

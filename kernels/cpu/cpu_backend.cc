@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/machine.h"
 #include "kernels/base/nonfinite.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/cpu/convert.h"

@@ -7,9 +7,6 @@
 
 namespace headstart {
 
-// CPUs that this process may use: its affinity mask, or the cgroup's CPU quota if that is less.
-int32_t UsableCpus();
-
 // Calls fn(index, thread) for every index in [0, count), each once, in rising order of start;
 // thread is in [0, num_threads). Which thread gets which index is left to chance, so results must
 // not depend on it. fn must not throw.

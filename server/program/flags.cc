@@ -253,6 +253,10 @@ void AddModelOptions(CLI::App* app, ServerOptions* o) {
   group.Add("model", &o->model_dir,
             "Folder of a Hugging Face model: config.json and safetensors (required)");
   group.Add("model-name", &o->model_name, "Name that requests may give; empty: the folder's name");
+  group
+      .Add("follow-links", &o->follow_links,
+           "Follow links in the model's folder to files outside of it, as volumes may have them")
+      ->default_str("false");
   group.Add("device", &o->backend.device, "Where to compute: cpu or cuda")
       ->check(CLI::IsMember({"cpu", "cuda"}));
   group.AddChoice<ComputeDType>(

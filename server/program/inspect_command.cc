@@ -7,6 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/str_format.h"
+#include "engine/model/model_tensors.h"
 #include "engine/model/safetensors.h"
 #include "engine/resolve.h"
 #include "kernels/backend.h"
@@ -36,9 +37,11 @@ absl::StatusOr<Inspection> Inspect(const ServerOptions& options) {
     HEADSTART_ASSIGN_OR_RETURN(backend, MakeBackend(options.backend));
     dtype = backend->compute_dtype();
   }
-  HEADSTART_ASSIGN_OR_RETURN(out.model,
-                             ResolveModel(ToEngineOptions(options), dtype, backend.get()));
-  HEADSTART_ASSIGN_OR_RETURN(const auto files, WeightFiles::Open(options.model_dir));
+  const EngineOptions engine_options = ToEngineOptions(options);
+  HEADSTART_ASSIGN_OR_RETURN(out.model, ResolveModel(engine_options, dtype, backend.get()));
+  HEADSTART_ASSIGN_OR_RETURN(const auto files,
+                             WeightFiles::Open(options.model_dir, engine_options.links));
+  HEADSTART_RETURN_IF_ERROR(FindModelTensors(out.model.config, *files).status());
   out.stored_weight_bytes = files->total_bytes();
   return out;
 }

@@ -5,6 +5,7 @@
 #include "kernels/base/idle_threads.h"
 #include "server/program/exit_code.h"
 #include "server/program/inspect_command.h"
+#include "server/program/model_hash_command.h"
 #include "server/program/serve_command.h"
 #include "server/version.h"
 
@@ -17,6 +18,7 @@ int main(int argc, char** argv) {
   const auto set_exit_code = [&exit_code](int code) { exit_code = code; };
   headstart::AddServeCommand(app, set_exit_code);
   headstart::AddInspectCommand(app, set_exit_code);
+  headstart::AddModelHashCommand(app, set_exit_code);
   headstart::AddRequestCommand(app, set_exit_code);
   headstart::AddBenchCommand(app, set_exit_code);
   headstart::AddLoadsCommand(app, set_exit_code);

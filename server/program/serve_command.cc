@@ -35,12 +35,14 @@ struct ServeFlags {
 
 // The model before the device: what is wrong with it is said without touching one.
 absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ServerOptions& options) {
-  HEADSTART_RETURN_IF_ERROR(ReadModelConfig(options.model_dir).status());
+  const EngineOptions engine_options = ToEngineOptions(options);
+  HEADSTART_RETURN_IF_ERROR(
+      ReadModelConfig(engine_options.model_dir, engine_options.links).status());
   absl::StatusOr<std::unique_ptr<Backend>> backend = MakeBackend(options.backend);
   if (!backend.ok()) return AsUsageError(backend.status());
   HEADSTART_ASSIGN_OR_RETURN(
       ResolvedModel model,
-      ResolveModel(ToEngineOptions(options), (*backend)->compute_dtype(), backend->get()));
+      ResolveModel(engine_options, (*backend)->compute_dtype(), backend->get()));
   Log(LogLevel::kInfo, "memory plan",
       {{"device", (*backend)->device()},
        {"weight_bytes", model.plan.weight_bytes},

@@ -160,7 +160,7 @@ INSTANTIATE_TEST_SUITE_P(
              [](const Victim& v) { v.WriteSparse("config.json", "{", int64_t{1} << 30); },
              "config.json", "limit"},
         Case{"ConfigEmpty", [](const Victim& v) { v.Write("config.json", ""); }, "config.json",
-             "not JSON"},
+             "empty file"},
         Case{"ConfigCutOff",
              [](const Victim& v) { v.Edit("config.json", [](std::string& t) { t.resize(40); }); },
              "config.json", "not JSON"},

@@ -49,19 +49,19 @@ INSTANTIATE_TEST_SUITE_P(
                v.Edit(kSingle, [](std::string& f) { f.replace(0, 8, LengthBytes(f.size() - 7)); });
              },
              kSingle, "truncated?"},
-        Case{"HeaderOf101MB",
+        Case{"HeaderOf33MiB",
              [](const Victim& v) {
-               v.WriteSparse(kSingle, LengthBytes(101'000'000) + "{", int64_t{1} << 30);
+               v.WriteSparse(kSingle, LengthBytes(33 << 20) + "{", int64_t{1} << 30);
              },
-             kSingle, "header of 101000000 bytes, limit"},
-        Case{"HeaderOf99MBOfZeros",
+             kSingle, "header of 34603008 bytes, limit"},
+        Case{"HeaderOf31MiBOfZeros",
              [](const Victim& v) {
-               v.WriteSparse(kSingle, LengthBytes(99'000'000), int64_t{1} << 30);
+               v.WriteSparse(kSingle, LengthBytes(31 << 20), int64_t{1} << 30);
              },
              kSingle, "does not begin with {"},
-        Case{"HeaderOf99MBOfZerosBehindABrace",
+        Case{"HeaderOf31MiBOfZerosBehindABrace",
              [](const Victim& v) {
-               v.WriteSparse(kSingle, LengthBytes(99'000'000) + "{", int64_t{1} << 30);
+               v.WriteSparse(kSingle, LengthBytes(31 << 20) + "{", int64_t{1} << 30);
              },
              kSingle, "not JSON"},
         Case{"TruncatedByOne",

@@ -163,6 +163,59 @@ TEST(ModelConfigTest, ReadsTheDTypeInBothSpellings) {
                        HasSubstr("torch_dtype=\"bfloat16\" differs from dtype")));
 }
 
+// What Hugging Face reads as if it were not there, or as something that we have.
+TEST(ModelConfigTest, ReadsHarmlessOddities) {
+  json config = Base();
+  config["pretraining_tp"] = 2;
+  config["hidden_act"] = "swish";
+  config["torch_dtype"] = "auto";
+  config["eos_token_id"] = -1;
+  config.erase("rms_norm_eps");
+  ASSERT_OK_AND_ASSIGN(ModelConfig c, Parse(config));
+  EXPECT_EQ(c.rms_norm_eps, 1e-6f);
+  EXPECT_THAT(c.eos_token_ids, IsEmpty());
+  ASSERT_OK_AND_ASSIGN(c, Parse(With(Base(), "eos_token_id", {7, -1})));
+  EXPECT_THAT(c.eos_token_ids, ElementsAre(7));
+}
+
+// Of a model of two layers.
+TEST(ModelConfigTest, KnowsWhetherALayerHasAWindow) {
+  const auto qwen = [](const json& fields) {
+    json config = Base("qwen2");
+    config.update(fields);
+    return Parse(config);
+  };
+  const auto refused = StatusIs(absl::StatusCode::kInvalidArgument,
+                                HasSubstr("sliding-window attention is not supported"));
+  EXPECT_OK(qwen({{"use_sliding_window", true}}));  // from layer 28 on
+  EXPECT_OK(qwen({{"use_sliding_window", true}, {"max_window_layers", 2}}));
+  EXPECT_OK(
+      qwen({{"use_sliding_window", true}, {"sliding_window", nullptr}, {"max_window_layers", 0}}));
+  EXPECT_OK(qwen({{"use_sliding_window", true},
+                  {"max_window_layers", 0},
+                  {"layer_types", {"full_attention", "full_attention"}}}));
+  EXPECT_OK(qwen({{"sliding_window", 4096}, {"max_window_layers", 0}}));  // not switched on
+  EXPECT_THAT(qwen({{"use_sliding_window", true}, {"max_window_layers", 1}}), refused);
+  EXPECT_THAT(
+      qwen({{"use_sliding_window", true}, {"sliding_window", 64}, {"max_window_layers", 0}}),
+      refused);
+  EXPECT_OK(Parse(With(Base(), "use_sliding_window", true)));
+  EXPECT_THAT(Parse(With(With(Base(), "use_sliding_window", true), "sliding_window", 64)), refused);
+}
+
+// json can't build these.
+TEST(ModelConfigTest, NamesTheFieldOfANumberThatJsonDoesNotHave) {
+  for (const char* number : {"Infinity", "NaN"}) {
+    const std::string text = std::string(R"({"model_type": "llama", "rms_norm_eps": )") + number +
+                             R"(, "vocab_size": 3})";
+    EXPECT_THAT(ParseModelConfig(text, "config.json"),
+                StatusIs(absl::StatusCode::kInvalidArgument,
+                         AllOf(HasSubstr("config.json: not JSON at byte 41"),
+                               HasSubstr(std::string("\"") + number + "\""),
+                               HasSubstr("after the key \"rms_norm_eps\""))));
+  }
+}
+
 struct Refusal {
   std::string architecture;
   std::string field;
@@ -186,33 +239,32 @@ TEST_P(RefusalTest, NamesFileAndField) {
 
 INSTANTIATE_TEST_SUITE_P(
     Features, RefusalTest,
-    ::testing::Values(Refusal{"qwen2", "num_experts", "60", "mixture of experts"},
-                      Refusal{"llama", "num_local_experts", "8", "mixture of experts"},
-                      Refusal{"llama", "n_routed_experts", "64", "mixture of experts"},
-                      Refusal{"qwen3", "num_experts_per_tok", "8", "mixture of experts"},
-                      Refusal{"qwen3", "moe_intermediate_size", "768", "mixture of experts"},
-                      Refusal{"llama", "kv_lora_rank", "512", "latent attention"},
-                      Refusal{"llama", "q_lora_rank", "1536", "latent attention"},
-                      Refusal{"llama", "qk_rope_head_dim", "64", "latent attention"},
-                      Refusal{"llama", "quantization_config", R"({"quant_method": "awq"})",
-                              "quantised"},
-                      Refusal{"qwen2", "use_sliding_window", "true", "sliding-window"},
-                      Refusal{"llama", "sliding_window", "4096", "sliding-window"},
-                      Refusal{"qwen3", "layer_types", R"(["full_attention", "sliding_attention"])",
-                              "another entry"},
-                      Refusal{"llama", "partial_rotary_factor", "0.5", "part of the head"},
-                      Refusal{"llama", "pretraining_tp", "2", "sliced projections"},
-                      Refusal{"llama", "rope_interleaved", "true", "interleaved RoPE"},
-                      Refusal{"llama", "no_rope_layers", "[1, 1, 1, 0]", "layers without RoPE"},
-                      Refusal{"llama", "final_logit_softcapping", "30.0", "soft-capped"},
-                      Refusal{"llama", "logits_scaling", "8.0", "scaled activations"},
-                      Refusal{"llama", "hidden_act", R"("gelu")", "is not supported"},
-                      Refusal{"llama", "model_type", R"("mixtral")", "is not supported"},
-                      Refusal{"llama", "architectures", R"(["LlamaForSequenceClassification"])",
-                              "is not [\"LlamaForCausalLM\"]"},
-                      Refusal{"qwen2", "mlp_bias", "true", "does not exist in qwen2"},
-                      Refusal{"llama", "use_qk_norm", "true", "does not exist in llama"},
-                      Refusal{"llama", "torch_dtype", R"("float8_e4m3fn")", "is not supported"}));
+    ::testing::Values(
+        Refusal{"qwen2", "num_experts", "60", "mixture of experts"},
+        Refusal{"llama", "num_local_experts", "8", "mixture of experts"},
+        Refusal{"llama", "n_routed_experts", "64", "mixture of experts"},
+        Refusal{"qwen3", "num_experts_per_tok", "8", "mixture of experts"},
+        Refusal{"qwen3", "moe_intermediate_size", "768", "mixture of experts"},
+        Refusal{"llama", "kv_lora_rank", "512", "latent attention"},
+        Refusal{"llama", "q_lora_rank", "1536", "latent attention"},
+        Refusal{"llama", "qk_rope_head_dim", "64", "latent attention"},
+        Refusal{"llama", "quantization_config", R"({"quant_method": "awq"})", "quantised"},
+        Refusal{"llama", "sliding_window", "4096", "sliding-window"},
+        Refusal{"qwen3", "layer_types", R"(["full_attention", "sliding_attention"])",
+                "another entry"},
+        Refusal{"llama", "partial_rotary_factor", "0.5", "part of the head"},
+        Refusal{"llama", "transformers_weights", R"("other.safetensors")", "another name"},
+        Refusal{"llama", "rope_interleaved", "true", "interleaved RoPE"},
+        Refusal{"llama", "no_rope_layers", "[1, 1, 1, 0]", "layers without RoPE"},
+        Refusal{"llama", "final_logit_softcapping", "30.0", "soft-capped"},
+        Refusal{"llama", "logits_scaling", "8.0", "scaled activations"},
+        Refusal{"llama", "hidden_act", R"("gelu")", "is not supported"},
+        Refusal{"llama", "model_type", R"("mixtral")", "is not supported"},
+        Refusal{"llama", "architectures", R"(["LlamaForSequenceClassification"])",
+                "is not [\"LlamaForCausalLM\"]"},
+        Refusal{"qwen2", "mlp_bias", "true", "does not exist in qwen2"},
+        Refusal{"llama", "use_qk_norm", "true", "does not exist in llama"},
+        Refusal{"llama", "torch_dtype", R"("float8_e4m3fn")", "is not supported"}));
 
 INSTANTIATE_TEST_SUITE_P(
     Values, RefusalTest,
@@ -228,10 +280,9 @@ INSTANTIATE_TEST_SUITE_P(
         Refusal{"llama", "num_key_value_heads", "3", "does not divide num_attention_heads=4"},
         Refusal{"llama", "num_key_value_heads", "8", "is not in [1, 4]"},
         Refusal{"llama", "head_dim", "17", "even number"},
-        Refusal{"llama", "rms_norm_eps", "null", " is missing"},
         Refusal{"llama", "rms_norm_eps", "-1e-5", "is not in [0, 1]"},
         Refusal{"llama", "tie_word_embeddings", "1", "is not true or false"},
-        Refusal{"llama", "eos_token_id", "-1", "is not a token id"},
+        Refusal{"llama", "eos_token_id", "-2", "is not a token id"},
         Refusal{"llama", "eos_token_id", "[2, \"3\"]", "is not a token id"},
         Refusal{"llama", "max_position_embeddings", "99999999999", "is not in [1, 16777216]"}));
 
@@ -293,6 +344,13 @@ TEST_F(ModelDirTest, RefusesADamagedGenerationConfig) {
   EXPECT_THAT(ReadModelConfig(dir_.path()),
               StatusIs(absl::StatusCode::kInvalidArgument,
                        HasSubstr("generation_config.json: eos_token_id")));
+}
+
+TEST_F(ModelDirTest, RefusesAnAdapter) {
+  ASSERT_OK(WriteFile(dir_ / "adapter_config.json", "{}"));
+  EXPECT_THAT(ReadModelConfig(dir_.path()),
+              StatusIs(absl::StatusCode::kInvalidArgument,
+                       HasSubstr("adapter_config.json: adapters are not supported")));
 }
 
 TEST_F(ModelDirTest, NamesAFolderThatIsNotThere) {

@@ -149,9 +149,11 @@ class ReferenceModel {
 
   absl::StatusOr<HostMatrix> Tensor(const std::string& name) {
     HEADSTART_ASSIGN_OR_RETURN(const StoredTensor stored, files_.Find(name));
+    std::vector<std::byte> bytes(static_cast<size_t>(stored.bytes));
+    HEADSTART_RETURN_IF_ERROR(stored.file->Read(stored.offset, absl::MakeSpan(bytes)));
     const int64_t rows = stored.shape.size() == 1 ? 1 : stored.shape[0];
     const int64_t cols = stored.shape.back();
-    return reference::Load({const_cast<std::byte*>(stored.data), stored.dtype, rows, cols, cols});
+    return reference::Load({bytes.data(), stored.dtype, rows, cols, cols});
   }
 
   const ModelConfig& c_;

@@ -28,7 +28,10 @@ TestTensor Tensor(DType dtype, std::vector<int64_t> shape, const std::string& co
 }
 
 std::string Content(const StoredTensor& tensor) {
-  return std::string(reinterpret_cast<const char*>(tensor.data), tensor.bytes);
+  std::string bytes(static_cast<size_t>(tensor.bytes), '?');
+  EXPECT_OK(
+      tensor.file->Read(tensor.offset, {reinterpret_cast<std::byte*>(bytes.data()), bytes.size()}));
+  return bytes;
 }
 
 const TensorMap kTensors = {{"a", Tensor(DType::kBF16, {3}, "a1a2a3")},
@@ -114,6 +117,7 @@ TEST_F(WeightFilesTest, DoesNotFollowLinksOutOfTheCacheEntry) {
   fs::create_symlink("../../../model.safetensors", snapshot + "/model.safetensors");
   EXPECT_THAT(WeightFiles::Open(snapshot),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("outside of")));
+  EXPECT_OK(WeightFiles::Open(snapshot, Links::kAnywhere));
   // A folder that only begins like the allowed one.
   const std::string sibling = dir_ / "models--org--name2";
   fs::create_directories(sibling);
@@ -123,6 +127,26 @@ TEST_F(WeightFilesTest, DoesNotFollowLinksOutOfTheCacheEntry) {
                      snapshot + "/model.safetensors");
   EXPECT_THAT(WeightFiles::Open(snapshot),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("outside of")));
+}
+
+TEST_F(WeightFilesTest, SaysWhenAFileIsShorterThanItWas) {
+  ASSERT_OK(WriteWeights(dir_.path(), kTensors, 1));
+  ASSERT_OK_AND_ASSIGN(const auto files, WeightFiles::Open(dir_.path()));
+  ASSERT_OK_AND_ASSIGN(const StoredTensor b, files->Find("b"));
+  fs::resize_file(dir_ / "model.safetensors", static_cast<uintmax_t>(b.offset) + 3);
+  std::byte bytes[8];
+  EXPECT_THAT(b.file->Read(b.offset, bytes), StatusIs(absl::StatusCode::kInvalidArgument,
+                                                      HasSubstr("model.safetensors: ends at byte " +
+                                                                std::to_string(b.offset + 3))));
+}
+
+TEST_F(WeightFilesTest, NamesAnLfsPointer) {
+  const std::string pointer =
+      "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567\n";
+  ASSERT_OK(testing::WriteFile(dir_ / "model.safetensors", pointer));
+  EXPECT_THAT(WeightFiles::Open(dir_.path()),
+              StatusIs(absl::StatusCode::kInvalidArgument,
+                       HasSubstr("model.safetensors: a Git LFS pointer of 69 bytes")));
 }
 
 TEST_F(WeightFilesTest, FollowsLinksInsideTheFolder) {

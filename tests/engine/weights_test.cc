@@ -2,10 +2,14 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstring>
+#include <filesystem>
+#include <set>
 #include <string>
 
-#include "engine/model/tensor_scan.h"
+#include "absl/strings/strip.h"
+#include "engine/model/model_hash.h"
 #include "kernels/base/status_macros.h"
 #include "tests/testing/fault_backend.h"
 #include "tests/testing/status_matchers.h"
@@ -25,45 +29,6 @@ using testing::TinyModelOptions;
 using testing::TinyModelTensors;
 
 constexpr int64_t kPositions = 128;
-
-StoredTensor Stored(const std::string& bytes, DType dtype) {
-  return {"file",
-          dtype,
-          {static_cast<int64_t>(bytes.size()) / DTypeBytes(dtype)},
-          reinterpret_cast<const std::byte*>(bytes.data()),
-          static_cast<int64_t>(bytes.size())};
-}
-
-TEST(TensorScanTest, ChecksumIsCrc32c) {
-  // Check value of CRC-32C: "123456789" -> e3069283. The extra byte makes whole f16 values; the
-  // second vector is 32 zero bytes (RFC 3720, B.4).
-  std::string nine = "123456789";
-  StoredTensor tensor = Stored(nine, DType::kF16);
-  tensor.bytes = 9;
-  EXPECT_EQ(ScanTensor(tensor).crc32c, 0xe3069283u);
-  EXPECT_EQ(ScanTensor(Stored(std::string(32, '\0'), DType::kF32)).crc32c, 0x8a9136aau);
-}
-
-TEST(TensorScanTest, FindsTheFirstValueThatIsNotFinite) {
-  // Longer than the pieces that the scan works in, and at an odd address.
-  constexpr int64_t kCount = 300'000;
-  for (const auto& [dtype, infinity] :
-       {std::pair{DType::kBF16, uint16_t{0xff80}}, std::pair{DType::kF16, uint16_t{0x7c00}}}) {
-    std::string bytes(2 * kCount + 1, '\1');
-    StoredTensor tensor = Stored(bytes, dtype);
-    ++tensor.data;
-    tensor.bytes = 2 * kCount;
-    EXPECT_EQ(ScanTensor(tensor).first_nonfinite, -1);
-    for (const int64_t index : {kCount - 1, int64_t{131'072}, int64_t{0}}) {
-      std::memcpy(bytes.data() + 1 + 2 * index, &infinity, sizeof(infinity));
-      EXPECT_EQ(ScanTensor(tensor).first_nonfinite, index);
-    }
-  }
-  std::string floats(4 * kCount, '\0');
-  const uint32_t nan = 0x7f800001u;
-  std::memcpy(floats.data() + 4 * 77'777, &nan, sizeof(nan));
-  EXPECT_EQ(ScanTensor(Stored(floats, DType::kF32)).first_nonfinite, 77'777);
-}
 
 class WeightsTest : public ::testing::Test {
  protected:
@@ -142,14 +107,80 @@ TEST_P(ArchitectureTest, RefusesATensorWithoutAPlace) {
 INSTANTIATE_TEST_SUITE_P(All, ArchitectureTest, ::testing::Values("llama", "qwen2", "qwen3"),
                          [](const auto& info) { return info.param; });
 
-TEST_F(WeightsTest, LeavesOutWhatIsKnownToCarryNothing) {
-  TinyModelOptions options;
-  TensorMap tensors = TinyModelTensors(options);
-  tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = tensors["model.norm.weight"];
-  EXPECT_OK(LoadTensors(options, tensors));
-  options.tie_word_embeddings = true;
-  ASSERT_OK_AND_ASSIGN(const ModelWeights tied, LoadTensors(options, tensors));
-  EXPECT_EQ(tied.model_hash, Hash(options));  // lm_head.weight is not used, so not hashed
+// Of old Llama checkpoints: head_dim 32, theta 10000.
+testing::TestTensor InvFreq(double theta) {
+  testing::TestTensor tensor{DType::kF32, {16}, std::vector<std::byte>(16 * sizeof(float))};
+  for (int i = 0; i < 16; ++i) {
+    const auto value = static_cast<float>(std::pow(theta, -i / 16.0));
+    std::memcpy(&tensor.bytes[i * sizeof(value)], &value, sizeof(value));
+  }
+  return tensor;
+}
+
+TEST_F(WeightsTest, LeavesOutInverseFrequenciesThatSayWhatTheConfigSays) {
+  const std::string name = "model.layers.0.self_attn.rotary_emb.inv_freq";
+  for (const char* scaling : {"", R"({"rope_type":"linear","factor":4.0})"}) {
+    TinyModelOptions options;
+    options.rope_scaling = scaling;
+    TensorMap tensors = TinyModelTensors(options);
+    tensors[name] = InvFreq(10000);
+    ASSERT_OK_AND_ASSIGN(const ModelWeights weights, LoadTensors(options, tensors));
+    EXPECT_EQ(weights.model_hash, Hash(options));
+    tensors[name] = InvFreq(10500);
+    EXPECT_THAT(LoadTensors(options, tensors),
+                StatusIs(absl::StatusCode::kInvalidArgument,
+                         AllOf(HasSubstr(name), HasSubstr("is not what the RoPE"))));
+  }
+}
+
+class HeadTest : public WeightsTest {
+ protected:
+  HeadTest() { tied_.tie_word_embeddings = true; }
+
+  absl::StatusOr<std::string> HashOf(const TinyModelOptions& options, const TensorMap& tensors) {
+    HEADSTART_ASSIGN_OR_RETURN(const ModelWeights weights, LoadTensors(options, tensors));
+    return weights.model_hash;
+  }
+
+  const TinyModelOptions untied_;
+  TinyModelOptions tied_;
+  const TensorMap with_head_ = TinyModelTensors(untied_);
+  const std::string embedding_ = "model.embed_tokens.weight";
+  const std::string head_ = "lm_head.weight";
+};
+
+TEST_F(HeadTest, ThatDiffersIsUsedWhateverTheConfigSays) {
+  ASSERT_OK_AND_ASSIGN(const std::string hash, HashOf(tied_, with_head_));
+  EXPECT_EQ(hash, Hash(untied_));
+  EXPECT_NE(hash, Hash(tied_));
+}
+
+TEST_F(HeadTest, ThatEqualsTheEmbeddingIsNoOtherModel) {
+  TensorMap tensors = with_head_;
+  tensors[head_] = tensors[embedding_];
+  EXPECT_EQ(HashOf(tied_, tensors).value_or("none"), Hash(tied_));
+  EXPECT_EQ(HashOf(untied_, tensors).value_or("none"), Hash(tied_));
+}
+
+TEST_F(HeadTest, MayBeSavedInPlaceOfATiedEmbedding) {
+  TensorMap tensors = with_head_;
+  tensors[head_] = tensors[embedding_];
+  tensors.erase(embedding_);
+  EXPECT_EQ(HashOf(tied_, tensors).value_or("none"), Hash(tied_));
+  EXPECT_THAT(HashOf(untied_, tensors), StatusIs(absl::StatusCode::kInvalidArgument,
+                                                 HasSubstr("\"" + embedding_ + "\" is missing")));
+}
+
+TEST_F(HeadTest, MayStandBesideABodyThatWasSavedAlone) {
+  TensorMap tensors;
+  for (const auto& [name, tensor] : with_head_) {
+    tensors[std::string(absl::StripPrefix(name, "model."))] = tensor;
+  }
+  EXPECT_EQ(HashOf(untied_, tensors).value_or("none"), Hash(untied_));
+  // Twice the same thing has no place.
+  tensors["model.norm.weight"] = with_head_.at("model.norm.weight");
+  EXPECT_THAT(HashOf(untied_, tensors), StatusIs(absl::StatusCode::kInvalidArgument,
+                                                 HasSubstr("\"norm.weight\" has no place")));
 }
 
 TEST_F(WeightsTest, HashDoesNotDependOnSharding) {
@@ -165,15 +196,46 @@ TEST_F(WeightsTest, HashDoesNotDependOnSharding) {
 TEST_F(WeightsTest, HashDependsOnWeightsAndConfiguration) {
   const TinyModelOptions base;
   const std::string hash = Hash(base);
+  std::set<std::string> hashes = {hash};
   TinyModelOptions changed = base;
   changed.seed = 2;
   EXPECT_NE(Hash(changed), hash);
   changed = base;
   changed.rope_theta = 500000.0;
   EXPECT_NE(Hash(changed), hash);
+  for (const char* scaling : {R"({"rope_type":"linear","factor":2.0})",
+                              R"({"rope_type":"yarn","factor":2.0,"attention_factor":1.5})",
+                              R"({"rope_type":"yarn","factor":2.0,"attention_factor":1.25})"}) {
+    TinyModelOptions scaled = base;
+    scaled.rope_scaling = scaling;
+    EXPECT_TRUE(hashes.insert(Hash(scaled)).second) << scaling;
+  }
   changed = base;
   changed.dtype = DType::kF32;
   EXPECT_NE(Hash(changed), hash);
+}
+
+TEST_F(WeightsTest, HashIsThatOfTheFilesWithoutLoading) {
+  for (const char* architecture : {"llama", "qwen2", "qwen3"}) {
+    TinyModelOptions options = Options(architecture);
+    options.num_shards = 2;
+    TempDir dir;
+    ASSERT_OK(testing::WriteTinyModel(dir.path(), options));
+    ASSERT_OK_AND_ASSIGN(const ModelConfig config, ReadModelConfig(dir.path()));
+    ASSERT_OK_AND_ASSIGN(const auto files, WeightFiles::Open(dir.path()));
+    EXPECT_EQ(HashModel(config, *files, 2).value_or("none"), Hash(options));
+  }
+}
+
+TEST_F(WeightsTest, SaysWhenAFileIsCutWhileItIsRead) {
+  TempDir dir;
+  ASSERT_OK(testing::WriteTinyModel(dir.path(), TinyModelOptions{}));
+  progress_ = [&](int64_t, int64_t) {
+    std::filesystem::resize_file(dir / "model.safetensors", 1 << 15);
+    return absl::OkStatus();
+  };
+  EXPECT_THAT(LoadDir(dir.path()), StatusIs(absl::StatusCode::kInvalidArgument,
+                                            HasSubstr("model.safetensors: ends at byte 32768")));
 }
 
 TEST_F(WeightsTest, TakesTensorsAtOddAddresses) {
