@@ -1,13 +1,21 @@
 #include "engine/attention_options.h"
 
+#include <array>
+#include <charconv>
+
 #include "absl/strings/str_cat.h"
 
 namespace headstart {
 namespace {
 
-absl::Status Bad(absl::string_view field, double value, absl::string_view allowed) {
+// Numbers are shown by as many digits as tell them from their neighbours.
+template <typename Number>
+absl::Status Bad(absl::string_view field, Number value, absl::string_view allowed) {
+  std::array<char, 32> digits;
+  const char* const end = std::to_chars(digits.begin(), digits.end(), value).ptr;
   return absl::InvalidArgumentError(
-      absl::StrCat("attention.", field, "=", value, " is not ", allowed));
+      absl::StrCat("attention.", field, "=", absl::string_view(digits.data(), end - digits.data()),
+                   " is not ", allowed));
 }
 
 }  // namespace

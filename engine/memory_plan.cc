@@ -26,6 +26,13 @@ int64_t VectorElements(const ModelConfig& c) {
   return elements;
 }
 
+// What becomes one weight is read at once.
+int64_t LargestRead(const ModelConfig& c) {
+  const int64_t rows =
+      std::max({int64_t{c.vocab_size}, int64_t{2} * c.intermediate_size, c.heads.qkv_cols()});
+  return rows * c.hidden_size;
+}
+
 }  // namespace
 
 MemoryPlan PlanMemory(const ModelConfig& config, DType compute_dtype, const StepLimits& limits,
@@ -39,6 +46,7 @@ MemoryPlan PlanMemory(const ModelConfig& config, DType compute_dtype, const Step
   plan.weight_bytes =
       (config.num_layers * LinearElements(config) + 2 * vocabulary) * DTypeBytes(compute_dtype) +
       (config.num_layers * VectorElements(config) + config.hidden_size) * f32;
+  plan.reading_bytes = LargestRead(config) * DTypeBytes(config.dtype);
   plan.kv_bytes_per_token = config.KvBytesPerToken(compute_dtype);
   plan.kv_pool_bytes = pool_tokens * plan.kv_bytes_per_token;
   const int64_t positions = std::min(config.max_positions, pool_tokens);

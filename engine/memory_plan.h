@@ -18,8 +18,10 @@ struct MemoryPlan {
   int64_t scratch_bytes = 0;
   // KV in fp8 on its way to the host; see KvStaging.
   int64_t staging_bytes = 0;
-  // Of the host, not of the device: KV on its way out.
+  // Of the host, not of the device: KV on its way out; and weights that are read, before the
+  // backend has taken them.
   int64_t host_kv_bytes = 0;
+  int64_t reading_bytes = 0;
   int64_t total_bytes() const {
     return weight_bytes + kv_pool_bytes + workspace_bytes + scratch_bytes + staging_bytes;
   }

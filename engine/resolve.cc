@@ -33,11 +33,15 @@ absl::Status BadOption(absl::string_view name, int64_t value, absl::string_view 
 }
 
 // Replaces the zeros in `options` by what they stand for.
-absl::Status FillZeros(const ModelConfig& config, EngineOptions& options) {
+absl::Status FillZeros(const ModelConfig& config, int64_t max_tokens, EngineOptions& options) {
+  constexpr int64_t kMaxPieceTokens = 1 << 24;  // as long as a context may be
+  const int64_t context = std::min(config.max_positions, max_tokens);
   if (options.model_name.empty()) options.model_name = FolderName(options.model_dir);
-  if (options.piece_tokens <= 0 || options.piece_tokens % kBlockTokens != 0) {
-    return BadOption("piece_tokens", options.piece_tokens,
-                     absl::StrCat("a positive multiple of ", kBlockTokens));
+  if (options.piece_tokens <= 0 || options.piece_tokens % kBlockTokens != 0 ||
+      options.piece_tokens > kMaxPieceTokens) {
+    return BadOption(
+        "piece_tokens", options.piece_tokens,
+        absl::StrCat("a positive multiple of ", kBlockTokens, " up to ", kMaxPieceTokens));
   }
   if (options.batch_tokens == 0) {
     options.batch_tokens = std::min(kDefaultBatchTokens, options.piece_tokens);
@@ -48,23 +52,34 @@ absl::Status FillZeros(const ModelConfig& config, EngineOptions& options) {
                      absl::StrCat("a multiple of ", kBlockTokens, " in [", kBlockTokens,
                                   ", piece_tokens=", options.piece_tokens, "]"));
   }
-  if (options.max_prompt_tokens < 0 || options.max_prompt_tokens > config.max_positions) {
+  if (options.max_prompt_tokens < 0 || options.max_prompt_tokens > context) {
     return BadOption("max_prompt_tokens", options.max_prompt_tokens,
-                     absl::StrCat("in [1, ", config.max_positions,
-                                  "], the model's context, or 0 for all of it"));
+                     absl::StrCat("in [1, ", context, "], ",
+                                  context < config.max_positions ? "which this device takes"
+                                                                 : "the model's context",
+                                  ", or 0 for all of it"));
   }
-  // Page numbers are int32.
-  constexpr int64_t kMaxPoolTokens = (int64_t{1} << 31) * kBlockTokens - kBlockTokens;
-  if (options.kv_pool_tokens < 0 || options.kv_pool_tokens > kMaxPoolTokens) {
+  // Page numbers are int32, and bytes must be countable.
+  const int64_t max_pool_tokens =
+      std::min((int64_t{1} << 31) * kBlockTokens - kBlockTokens,
+               (int64_t{1} << 60) / config.KvBytesPerToken(DType::kF32));
+  if (options.kv_pool_tokens < 0 || options.kv_pool_tokens > max_pool_tokens) {
     return BadOption("kv_pool_tokens", options.kv_pool_tokens,
-                     absl::StrCat("in [0, ", kMaxPoolTokens, "]"));
+                     absl::StrCat("in [0, ", max_pool_tokens, "]"));
   }
-  if (options.max_prompt_tokens == 0) options.max_prompt_tokens = config.max_positions;
+  if (options.max_prompt_tokens == 0) options.max_prompt_tokens = context;
   if (options.kv_pool_tokens == 0) {
     options.kv_pool_tokens = options.max_prompt_tokens + kPoolBatches * options.batch_tokens;
   }
   options.kv_pool_tokens = NumBlocks(options.kv_pool_tokens) * kBlockTokens;
   return absl::OkStatus();
+}
+
+absl::Status CheckRuns(const ModelConfig& config, const BackendPlan& backend) {
+  const absl::Status runs =
+      backend.CheckModel({config.heads, config.hidden_size, config.intermediate_size});
+  if (runs.ok()) return runs;
+  return absl::Status(runs.code(), absl::StrCat("config.json: ", runs.message()));
 }
 
 KvGeometry GeometryOf(const ModelConfig& config, DType kv_dtype) {
@@ -94,15 +109,39 @@ absl::Status FillHostKvBytes(ResolvedModel& model) {
                    absl::StrCat("at least ", piece_bytes, ", the KV of a piece"));
 }
 
+// What is needed of the host: at the end or while weights are read, whatever is more, and the
+// program itself.
+int64_t HostBytes(const MemoryPlan& plan, const Backend& backend) {
+  constexpr int64_t kProgramBytes = 64 << 20;
+  const bool keeps_all = backend.UsesHostMemory();
+  const int64_t at_the_end = (keeps_all ? plan.total_bytes() : 0) + plan.host_kv_bytes;
+  const int64_t reading = (keeps_all ? plan.weight_bytes : 0) + plan.reading_bytes;
+  return std::max(at_the_end, reading) + kProgramBytes;
+}
+
+absl::Status CheckRoom(const MemoryPlan& plan, int64_t needed, const FreeMemory& free) {
+  if (needed <= free.bytes) return absl::OkStatus();
+  return absl::ResourceExhaustedError(absl::StrCat(
+      "the model needs ", needed, " bytes (weights ", plan.weight_bytes, ", KV pool ",
+      plan.kv_pool_bytes, ", activations ", plan.workspace_bytes, ", scratch ", plan.scratch_bytes,
+      ", staging ", plan.staging_bytes, "; of the host for KV on its way out ", plan.host_kv_bytes,
+      ", to read weights ", plan.reading_bytes, "), ", free.limited_by, " leaves ", free.bytes,
+      ": ", needed - free.bytes,
+      " are missing; less kv_pool_tokens, max_prompt_tokens, piece_tokens or host_kv_bytes need "
+      "less"));
+}
+
 }  // namespace
 
-absl::StatusOr<ResolvedModel> ResolveModel(const EngineOptions& options, DType compute_dtype,
-                                           const Backend* backend) {
+absl::StatusOr<ResolvedModel> ResolveModel(const EngineOptions& options,
+                                           const BackendPlan& backend) {
+  const DType compute_dtype = backend.compute_dtype();
   ResolvedModel model;
   HEADSTART_ASSIGN_OR_RETURN(model.config, ReadModelConfig(options.model_dir, options.links));
   model.options = options;
   EngineOptions& resolved = model.options;
-  HEADSTART_RETURN_IF_ERROR(FillZeros(model.config, resolved));
+  HEADSTART_RETURN_IF_ERROR(CheckRuns(model.config, backend));
+  HEADSTART_RETURN_IF_ERROR(FillZeros(model.config, backend.max_tokens(), resolved));
   model.prompt_limit = resolved.max_prompt_tokens;
   resolved.max_prompt_tokens = std::min(resolved.max_prompt_tokens, resolved.kv_pool_tokens);
   // Several prompts may run together, but the pool holds their KV.
@@ -115,22 +154,17 @@ absl::StatusOr<ResolvedModel> ResolveModel(const EngineOptions& options, DType c
   model.plan = PlanMemory(model.config, compute_dtype, model.limits, resolved.kv_pool_tokens);
   model.plan.staging_bytes = KvStaging::Bytes(model.geometry, model.limits.max_rows);
   model.plan.host_kv_bytes = resolved.host_kv_bytes;
-  if (backend != nullptr) {
-    model.plan.scratch_bytes = backend->PlanScratchBytes(model.config.heads, model.limits.max_rows,
-                                                         resolved.max_prompt_tokens);
-  }
+  model.plan.scratch_bytes = backend.PlanScratchBytes(model.config.heads, model.limits.max_rows,
+                                                      resolved.max_prompt_tokens);
   return model;
 }
 
-absl::Status CheckFits(const MemoryPlan& plan, const Backend& backend) {
-  const std::optional<int64_t> free_bytes = backend.FreeBytes();
-  if (!free_bytes.has_value() || plan.total_bytes() <= *free_bytes) return absl::OkStatus();
-  return absl::ResourceExhaustedError(absl::StrCat(
-      "the model needs ", plan.total_bytes(), " bytes (weights ", plan.weight_bytes, ", KV pool ",
-      plan.kv_pool_bytes, ", activations ", plan.workspace_bytes, ", scratch ", plan.scratch_bytes,
-      ", staging ", plan.staging_bytes, "), the device has ", *free_bytes,
-      " free: ", plan.total_bytes() - *free_bytes,
-      " are missing; less kv_pool_tokens, max_prompt_tokens or piece_tokens need less"));
+absl::Status CheckFits(const MemoryPlan& plan, const Backend& backend,
+                       const std::optional<FreeMemory>& host) {
+  if (const std::optional<int64_t> free = backend.FreeBytes()) {
+    HEADSTART_RETURN_IF_ERROR(CheckRoom(plan, plan.total_bytes(), {*free, "the device"}));
+  }
+  return host ? CheckRoom(plan, HostBytes(plan, backend), *host) : absl::OkStatus();
 }
 
 SchedulerOptions SchedulerOptionsOf(const ResolvedModel& model) {

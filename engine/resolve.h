@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
@@ -12,6 +13,7 @@
 #include "engine/schedule/scheduler.h"
 #include "engine/ship/kv_part.h"
 #include "kernels/backend.h"
+#include "kernels/base/machine.h"
 
 namespace headstart {
 
@@ -49,14 +51,15 @@ struct ResolvedModel {
   MemoryPlan plan;
 };
 
-// Reads config.json, loads nothing. `backend` may be null: then the plan knows no scratch, and
-// compute_dtype is the caller's guess. INVALID_ARGUMENT: the model can't be run, or an option does
-// not suit it.
-absl::StatusOr<ResolvedModel> ResolveModel(const EngineOptions& options, DType compute_dtype,
-                                           const Backend* backend);
+// Reads config.json, loads nothing. INVALID_ARGUMENT: the model can't be run, on this backend or at
+// all, or an option does not suit it.
+absl::StatusOr<ResolvedModel> ResolveModel(const EngineOptions& options,
+                                           const BackendPlan& backend);
 
-// RESOURCE_EXHAUSTED says how many bytes are missing on the device.
-absl::Status CheckFits(const MemoryPlan& plan, const Backend& backend);
+// RESOURCE_EXHAUSTED says how many bytes are missing on the device, or on the host, which has
+// `host` left: by default, this machine.
+absl::Status CheckFits(const MemoryPlan& plan, const Backend& backend,
+                       const std::optional<FreeMemory>& host = FindFreeMemory());
 
 SchedulerOptions SchedulerOptionsOf(const ResolvedModel& model);
 

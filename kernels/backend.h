@@ -181,32 +181,47 @@ class PendingCopy {
   virtual absl::Status Wait() = 0;
 };
 
-class Backend {
- public:
-  virtual ~Backend() = default;
+// What limits of backends are about.
+struct ModelShape {
+  HeadShape heads;
+  int64_t hidden_size = 0;
+  int64_t intermediate_size = 0;
+};
 
-  virtual std::string name() const = 0;    // "cpu", "cuda"
-  virtual std::string device() const = 0;  // in words: model, instruction set, threads
+// What a backend takes and what it needs, known before there is one.
+class BackendPlan {
+ public:
+  virtual ~BackendPlan() = default;
+
   // Type of activations, of Linear's input and of the KV cache: kBF16 or kF32.
   virtual DType compute_dtype() const = 0;
+  // Whether the operations take matrices of such a model. INVALID_ARGUMENT: field, value, limit.
+  virtual absl::Status CheckModel(const ModelShape& model) const = 0;
+  // Longest sequence.
+  virtual int64_t max_tokens() const = 0;
+  // Most that attention and selection come to keep beside what is allocated here, for sequences of
+  // up to `num_tokens` tokens in pieces of up to `piece_tokens`, whatever the options.
+  virtual int64_t PlanScratchBytes(const HeadShape& heads, int64_t piece_tokens,
+                                   int64_t num_tokens) const = 0;
+};
+
+class Backend : public BackendPlan {
+ public:
+  virtual std::string name() const = 0;    // "cpu", "cuda"
+  virtual std::string device() const = 0;  // in words: model, instruction set, threads
   // Type of the residual stream.
   virtual DType residual_dtype() const = 0;
 
   // ---- memory
-  // Most that attention and selection come to keep beside what is allocated here, for sequences of
-  // up to `num_tokens` tokens in pieces of up to `piece_tokens`, whatever the options. 0: the
-  // backend makes no plan of it.
-  virtual int64_t PlanScratchBytes(const HeadShape& /*heads*/, int64_t /*piece_tokens*/,
-                                   int64_t /*num_tokens*/) const {
-    return 0;
-  }
-  // Allocates all of it now, where the backend would otherwise do so with the first request that
-  // needs it.
+  // Allocates all of PlanScratchBytes now, where the backend would otherwise do so with the first
+  // request that needs it.
   virtual absl::Status ReserveScratch(const HeadShape& /*heads*/, int64_t /*piece_tokens*/,
                                       int64_t /*num_tokens*/) {
     return absl::OkStatus();
   }
-  // What can still be allocated; nothing where the machine gives no firm answer.
+  // Whether what is allocated here is the host's memory.
+  virtual bool UsesHostMemory() const { return false; }
+  // What can still be allocated of a memory of its own.
   virtual std::optional<int64_t> FreeBytes() const { return std::nullopt; }
   // Whether the first run of a shape takes much longer than later ones (a search for the fastest
   // algorithm): the engine then makes such runs before the first request.
@@ -287,7 +302,12 @@ struct BackendOptions {
   bool fastest_products = false;
 };
 
+// A plan of that device; the CPU's is of this machine, a GPU need not be there nor in this build.
+// INVALID_ARGUMENT when the device is unknown or does not compute in that type.
+absl::StatusOr<std::unique_ptr<BackendPlan>> MakeBackendPlan(const BackendOptions& options);
+
 // INVALID_ARGUMENT when the device is unknown or not in this build (says what it looked for).
+// RESOURCE_EXHAUSTED: threads that can't be had.
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const BackendOptions& options);
 
 }  // namespace headstart

@@ -105,6 +105,25 @@ absl::Status CheckHeads(const OpLimits& limits, const HeadShape& shape) {
       " up to ", limits.max_head_dim));
 }
 
+absl::Status CheckShape(const OpLimits& limits, const ModelShape& model) {
+  const auto refuse = [](absl::string_view field, int64_t value, int64_t step, int64_t most) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(field, "=", value, " is not a multiple of ", step,
+                     most > 0 ? absl::StrCat(" up to ", most) : "", ", which this device takes"));
+  };
+  const HeadShape& heads = model.heads;
+  if (heads.head_dim % limits.head_dim_step != 0 || heads.head_dim > limits.max_head_dim) {
+    return refuse("head_dim", heads.head_dim, limits.head_dim_step, limits.max_head_dim);
+  }
+  if (model.hidden_size % limits.row_values != 0) {
+    return refuse("hidden_size", model.hidden_size, limits.row_values, 0);
+  }
+  if (model.intermediate_size % limits.row_values != 0) {
+    return refuse("intermediate_size", model.intermediate_size, limits.row_values, 0);
+  }
+  return CheckHeads(limits, heads);
+}
+
 absl::Status CheckEmbed(const OpLimits& limits, absl::Span<const int32_t> ids, const Buffer& table,
                         const Matrix& out) {
   HEADSTART_RETURN_IF_ERROR(CheckActivations(limits, "embedding output", out, limits.residual_dtype,

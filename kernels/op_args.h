@@ -19,8 +19,11 @@ struct OpLimits {
   int64_t row_values = 1;  // rows of activations have a multiple of it, but those of Linear
   int32_t head_dim_step = 1;
   int32_t max_head_dim = 1;
+  int64_t max_tokens = int64_t{1} << 40;  // of a sequence
 };
 
+// What Check… below will ask of the matrices of a model.
+absl::Status CheckShape(const OpLimits& limits, const ModelShape& model);
 absl::Status CheckHeads(const OpLimits& limits, const HeadShape& shape);
 absl::Status CheckEmbed(const OpLimits& limits, absl::Span<const int32_t> ids, const Buffer& table,
                         const Matrix& out);

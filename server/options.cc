@@ -2,6 +2,7 @@
 
 #include <filesystem>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
 #include "server/net/socket.h"
@@ -25,6 +26,37 @@ absl::Status ValidateTls(const ServerTlsOptions& tls) {
     return UsageError("tls-allowed-san", "needs --tls-client-ca");
   }
   return absl::OkStatus();
+}
+
+// Well-formed UTF-8, as proto, JSON and Prometheus demand it of names.
+bool IsUtf8(absl::string_view text) {
+  for (size_t at = 0; at < text.size();) {
+    const auto first = static_cast<unsigned char>(text[at]);
+    const int length = first < 0x80 ? 1 : first >> 5 == 6 ? 2 : first >> 4 == 14 ? 3 : 4;
+    if (length == 4 && first >> 3 != 30) return false;
+    uint32_t code = length == 1 ? first : first & (0x7fu >> length);
+    for (int i = 1; i < length; ++i) {
+      if (at + i >= text.size() || (text[at + i] & 0xc0) != 0x80) return false;
+      code = code << 6 | (text[at + i] & 0x3fu);
+    }
+    constexpr uint32_t kLeast[] = {0, 0, 0x80, 0x800, 0x10000};
+    if (code < kLeast[length] || code > 0x10ffff || (code >= 0xd800 && code < 0xe000)) return false;
+    at += static_cast<size_t>(length);
+  }
+  return true;
+}
+
+absl::Status ValidateNames(const ServerOptions& options) {
+  const std::string name = ServedModelName(options);
+  if (!IsUtf8(name)) {
+    return UsageError(
+        "model-name",
+        absl::StrCat("is \"", absl::CHexEscape(name), "\", not UTF-8",
+                     options.model_name.empty() ? " (the folder's name; give another)" : ""));
+  }
+  if (name.empty()) return UsageError("model-name", "is empty, and the folder has no name");
+  if (IsUtf8(options.fetch_address)) return absl::OkStatus();
+  return UsageError("fetch-address", "is not UTF-8");
 }
 
 }  // namespace
@@ -58,6 +90,7 @@ absl::Status ValidateOptions(const ServerOptions& options) {
   if (!options.admin_socket.empty() && options.admin_listen.empty()) {
     return UsageError("admin-socket", "needs --admin-listen");
   }
+  HEADSTART_RETURN_IF_ERROR(ValidateNames(options));
   return ValidateTls(options.tls);
 }
 

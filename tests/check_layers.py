@@ -17,7 +17,7 @@ SEAM = ("kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h")
 MAY_INCLUDE = {
     "kernels/base/": BASE,
     "kernels/": (*BASE, "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h", "kernels/op_args.h", "kernels/make_backend.h",
-                 "kernels/cpu/cpu_backend.h", "kernels/cuda/cuda_backend.h"),
+                 "kernels/cpu/cpu_backend.h", "kernels/cuda/cuda_backend.h", "kernels/cuda/cuda_plan.h"),
     "kernels/cpu/": (*BASE, "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h", "kernels/op_args.h", "kernels/cpu/"),
     "kernels/cuda/": (*BASE, "kernels/backend.h", "kernels/tensor.h", "kernels/attention_params.h", "kernels/op_args.h", "kernels/cuda/"),
     "engine/": (*BASE, "engine/", *SEAM),

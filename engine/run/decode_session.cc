@@ -45,6 +45,8 @@ absl::StatusOr<std::unique_ptr<DecodeSession>> DecodeSession::Create(
   state->backend = std::move(backend);
   HEADSTART_ASSIGN_OR_RETURN(state->config, ReadModelConfig(options.model_dir, options.links));
   const ModelConfig& config = state->config;
+  HEADSTART_RETURN_IF_ERROR(
+      state->backend->CheckModel({config.heads, config.hidden_size, config.intermediate_size}));
   if (options.max_tokens < 0 || options.max_tokens > config.max_positions) {
     return absl::InvalidArgumentError(absl::StrCat("max_tokens=", options.max_tokens,
                                                    " is not in [0, ", config.max_positions,

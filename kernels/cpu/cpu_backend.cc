@@ -75,9 +75,11 @@ OpLimits LimitsOf(DType dtype) {
 
 absl::StatusOr<std::unique_ptr<CpuBackend>> CpuBackend::Create(const BackendOptions& options) {
   HEADSTART_ASSIGN_OR_RETURN(const CpuIsa isa, ChooseCpuIsa());
-  if (options.num_threads < 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("num_threads=", options.num_threads, " is negative; 0 means all CPUs"));
+  constexpr int32_t kMaxThreads = 1024;  // OpenMP ends the process when it can't have its threads
+  if (options.num_threads < 0 || options.num_threads > kMaxThreads) {
+    return absl::InvalidArgumentError(absl::StrCat("num_threads=", options.num_threads,
+                                                   " is not in [0, ", kMaxThreads,
+                                                   "]; 0 means all CPUs"));
   }
   const bool has_bf16 = isa == CpuIsa::kAvx512Bf16;
   if (options.dtype == ComputeDType::kBF16 && !has_bf16) {
@@ -88,6 +90,7 @@ absl::StatusOr<std::unique_ptr<CpuBackend>> CpuBackend::Create(const BackendOpti
   const bool bf16 = has_bf16 && options.dtype != ComputeDType::kF32;
   const DType dtype = bf16 ? DType::kBF16 : DType::kF32;
   const int32_t num_threads = options.num_threads > 0 ? options.num_threads : UsableCpus();
+  HEADSTART_RETURN_IF_ERROR(CheckThreads(num_threads));
   HEADSTART_ASSIGN_OR_RETURN(auto gemm, OneDnnGemm::Create(isa, dtype, num_threads));
   return std::unique_ptr<CpuBackend>(new CpuBackend(isa, dtype, num_threads, std::move(gemm)));
 }

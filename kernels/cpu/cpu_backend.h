@@ -20,7 +20,7 @@ namespace headstart {
 class CpuBackend : public Backend {
  public:
   // INVALID_ARGUMENT when bf16 is asked for and the CPU (or HEADSTART_CPU_ISA) has no AVX512-BF16,
-  // or num_threads is negative.
+  // or num_threads is not in [0, 1024]. RESOURCE_EXHAUSTED: threads that can't be had.
   static absl::StatusOr<std::unique_ptr<CpuBackend>> Create(const BackendOptions& options);
 
   std::string name() const override { return "cpu"; }
@@ -28,8 +28,13 @@ class CpuBackend : public Backend {
   DType compute_dtype() const override { return dtype_; }
   DType residual_dtype() const override { return DType::kF32; }
 
+  absl::Status CheckModel(const ModelShape& model) const override {
+    return CheckShape(limits_, model);
+  }
+  int64_t max_tokens() const override { return limits_.max_tokens; }
   int64_t PlanScratchBytes(const HeadShape& heads, int64_t piece_tokens,
                            int64_t num_tokens) const override;
+  bool UsesHostMemory() const override { return true; }
   absl::StatusOr<Buffer> Allocate(int64_t bytes) override;
   absl::Status Upload(const void* host, int64_t bytes, void* device) override;
   absl::Status Download(const void* device, int64_t bytes, void* host) override;

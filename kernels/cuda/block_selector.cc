@@ -10,15 +10,7 @@
 namespace headstart::cuda {
 namespace {
 
-constexpr int64_t kBf16Bytes = 2;
-
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-bool BudgetsByRow(const ProxyAttnOptions& options) {
-  return options.budget == BudgetRule::kRow && options.forced_density == 0;
-}
-
-int64_t Triangle(int64_t rows) { return rows * (rows + 1) / 2; }
 
 SelectionShape MakeShape(const SequenceAttention& args) {
   const ProxyAttnOptions& options = *args.proxy_attn;
@@ -58,63 +50,6 @@ void RankRow(int64_t m, const SelectionShape& shape, const float* scores, int32_
 }
 
 }  // namespace
-
-SelectionMemory::SelectionMemory(const HeadShape& heads, int64_t num_tokens, int64_t first_position,
-                                 const ProxyAttnOptions& options, void* base) {
-  const auto begin = reinterpret_cast<uintptr_t>(base);
-  const auto take = [&](int64_t count, int64_t size) {
-    void* const at = reinterpret_cast<void*>(begin + bytes);
-    bytes += (count * size + 255) / 256 * 256;
-    return at;
-  };
-  const int64_t d = heads.head_dim, g = options.num_proxies;
-  const int64_t end = first_position + num_tokens, first_row = first_position / kBlockTokens;
-  const int64_t blocks = NumBlocks(end), rows = blocks - first_row;
-  const int64_t num_q = CeilDiv(num_tokens, options.stride);
-  const int64_t num_keys = first_position / options.stride + num_q;
-  totals = static_cast<BlockCounts*>(take(1, sizeof(BlockCounts)));
-  budget_blocks = static_cast<int32_t*>(take(heads.num_heads, sizeof(int32_t)));
-  head_stride = Triangle(blocks) - Triangle(first_row);
-  lists = static_cast<uint16_t*>(take(heads.num_heads * head_stride, sizeof(uint16_t)));
-  counts = static_cast<int32_t*>(take(heads.num_heads * rows, sizeof(int32_t)));
-  // Without an average the queries are read in place.
-  pooled_queries = take(g == heads.num_heads ? 0 : g * num_q * d, kBf16Bytes);
-  pooled_keys = take(std::min<int64_t>(g, heads.num_kv_heads) * num_keys * d, kBf16Bytes);
-  const ProxyScoreScratch score_scratch =
-      PlanProxyScore(num_q, first_position / options.stride, options.num_proxies, options.stride);
-  row_maxima = take(score_scratch.maxima_bytes, 1);
-  row_sums = take(score_scratch.sums_bytes, 1);
-  scores = static_cast<float*>(take(g * rows * blocks, sizeof(float)));
-  if (BudgetsByRow(options)) {
-    query_log_sums = static_cast<float*>(take(g * num_q, sizeof(float)));
-    row_mass = static_cast<float*>(take(g * rows * blocks, sizeof(float)));
-    row_budgets = static_cast<int32_t*>(take(g * rows, sizeof(int32_t)));
-  } else {
-    mass_partials =
-        static_cast<float2*>(take(heads.num_heads * blocks * kBlockTokens, sizeof(float2)));
-    mass_log_sums = static_cast<float*>(take(heads.num_heads * kBlockTokens, sizeof(float)));
-    mass = static_cast<float*>(take(heads.num_heads * blocks, sizeof(float)));
-  }
-}
-
-int64_t BlockSelector::PlanScratch(const HeadShape& heads, int64_t piece_tokens,
-                                   int64_t num_tokens) {
-  // The last piece of the longest sequence.
-  const int64_t rows = NumBlocks(std::min(piece_tokens, num_tokens)) * kBlockTokens;
-  const int64_t first_position = NumBlocks(num_tokens) * kBlockTokens - rows;
-  int64_t most = 0;
-  ProxyAttnOptions options;
-  options.stride = 4;
-  for (const BudgetRule rule : {BudgetRule::kShared, BudgetRule::kRow}) {
-    options.budget = rule;
-    // Proxies that are averages need memory for their queries, one a head needs none.
-    for (const int32_t g : {heads.num_heads, heads.num_heads / 2}) {
-      options.num_proxies = std::max(g, 1);
-      most = std::max(most, SelectionMemory(heads, rows, first_position, options, nullptr).bytes);
-    }
-  }
-  return most;
-}
 
 absl::Status BlockSelector::Reserve(int64_t bytes) { return scratch_.Reserve(bytes).status(); }
 
@@ -182,10 +117,10 @@ absl::Status BlockSelector::HeadBudgets(const SequenceAttention& args, cudaStrea
         stream);
   }
   HEADSTART_RETURN_IF_ERROR(ToStatus(
-      LaunchBlockMass(
-          {args.q.data, args.q.rows, args.q.row_stride, args.first_position, args.kv,
-           args.page_table, memory_.mass_partials, memory_.mass_log_sums, memory_.mass, num_sms_},
-          stream),
+      LaunchBlockMass({args.q.data, args.q.rows, args.q.row_stride, args.first_position, args.kv,
+                       args.page_table, static_cast<float2*>(memory_.mass_partials),
+                       memory_.mass_log_sums, memory_.mass, num_sms_},
+                      stream),
       "block mass"));
   const HeadBudgetParams params{shape_,
                                 options.budget == BudgetRule::kShared,

@@ -9,45 +9,16 @@
 #include "kernels/attention_params.h"
 #include "kernels/cuda/cuda_resources.h"
 #include "kernels/cuda/launchers.h"
+#include "kernels/cuda/selection_memory.h"
 #include "kernels/op_args.h"
 
 namespace headstart::cuda {
-
-// Where the pieces of a selection lie in one stretch of device memory, 256-byte aligned.
-struct SelectionMemory {
-  SelectionMemory() = default;
-  // For a piece of num_tokens tokens. base: of `bytes` bytes, or null to learn how many.
-  SelectionMemory(const HeadShape& heads, int64_t num_tokens, int64_t first_position,
-                  const ProxyAttnOptions& options, void* base);
-
-  int64_t bytes = 0;
-  BlockCounts* totals = nullptr;
-  int32_t* budget_blocks = nullptr;  // [num_heads]
-  uint16_t* lists = nullptr;         // see KeptBlocks
-  int32_t* counts = nullptr;
-  int64_t head_stride = 0;
-  void* pooled_queries = nullptr;
-  void* pooled_keys = nullptr;
-  void* row_maxima = nullptr;  // see ProxyScoreScratch
-  void* row_sums = nullptr;
-  float* scores = nullptr;  // [num_proxies][num_rows][key blocks]
-  // Budget rule `row` only.
-  float* query_log_sums = nullptr;  // [num_proxies][sampled queries]
-  float* row_mass = nullptr;        // as scores
-  int32_t* row_budgets = nullptr;   // [num_proxies][num_rows]
-  // The other rules only.
-  float2* mass_partials = nullptr;  // [num_heads][key blocks][kBlockTokens]
-  float* mass_log_sums = nullptr;   // [num_heads][kBlockTokens]
-  float* mass = nullptr;            // [num_heads][key blocks]
-};
 
 class BlockSelector {
  public:
   explicit BlockSelector(int num_sms) : num_sms_(num_sms) {}
 
-  // Device memory that selections come to need for sequences of up to num_tokens tokens in pieces
-  // of up to piece_tokens, whatever the options; and takes it.
-  static int64_t PlanScratch(const HeadShape& heads, int64_t piece_tokens, int64_t num_tokens);
+  // Takes device memory, see PlanSelection.
   absl::Status Reserve(int64_t bytes);
 
   // Enqueues the selection for one sequence of a call that passed CheckAttention. counts: in device

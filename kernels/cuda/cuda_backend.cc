@@ -14,13 +14,6 @@
 namespace headstart::cuda {
 namespace {
 
-constexpr OpLimits kLimits = {.compute_dtype = DType::kBF16,
-                              .residual_dtype = DType::kBF16,
-                              .row_bytes = 16,
-                              .row_values = 8,
-                              .head_dim_step = 64,
-                              .max_head_dim = 128};
-
 class CudaRopeTable : public RopeTable {
  public:
   CudaRopeTable(DeviceMemory memory, int64_t head_dim, int64_t max_positions)
@@ -96,17 +89,10 @@ absl::StatusOr<Buffer> CudaBackend::Allocate(int64_t bytes) {
   return Buffer(this, memory.release(), bytes);
 }
 
-int64_t CudaBackend::PlanScratchBytes(const HeadShape& heads, int64_t piece_tokens,
-                                      int64_t num_tokens) const {
-  return BlockSelector::PlanScratch(heads, piece_tokens, num_tokens) +
-         piece_tokens * int64_t{sizeof(int32_t)};
-}
-
 absl::Status CudaBackend::ReserveScratch(const HeadShape& heads, int64_t piece_tokens,
                                          int64_t num_tokens) {
   HEADSTART_RETURN_IF_ERROR(CheckHeads(kLimits, heads));
-  HEADSTART_RETURN_IF_ERROR(
-      selector_.Reserve(BlockSelector::PlanScratch(heads, piece_tokens, num_tokens)));
+  HEADSTART_RETURN_IF_ERROR(selector_.Reserve(PlanSelection(heads, piece_tokens, num_tokens)));
   return ids_.Reserve(piece_tokens * int64_t{sizeof(int32_t)}).status();
 }
 

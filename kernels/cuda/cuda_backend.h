@@ -29,8 +29,14 @@ class CudaBackend : public Backend {
   DType compute_dtype() const override { return DType::kBF16; }
   DType residual_dtype() const override { return DType::kBF16; }
 
+  absl::Status CheckModel(const ModelShape& model) const override {
+    return CheckShape(kLimits, model);
+  }
+  int64_t max_tokens() const override { return kLimits.max_tokens; }
   int64_t PlanScratchBytes(const HeadShape& heads, int64_t piece_tokens,
-                           int64_t num_tokens) const override;
+                           int64_t num_tokens) const override {
+    return PlanScratch(heads, piece_tokens, num_tokens);
+  }
   absl::Status ReserveScratch(const HeadShape& heads, int64_t piece_tokens,
                               int64_t num_tokens) override;
   std::optional<int64_t> FreeBytes() const override;

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "kernels/attention_params.h"
+#include "kernels/cuda/selection_memory.h"
 
 namespace headstart::cuda {
 
@@ -160,19 +161,14 @@ struct ProxyScoreParams {
   int64_t num_q;  // sampled queries
   int64_t first_sample;  // sampled index of query 0; first_row * kBlockTokens / stride
   int32_t num_proxies, num_key_heads, head_dim, stride;
-  void* row_maxima;      // scratch: ProxyScoreScratch::maxima_bytes
-  void* row_sums;        // scratch: ProxyScoreScratch::sums_bytes
+  void* row_maxima;      // scratch: PlanProxyScore
+  void* row_sums;        // scratch: PlanProxyScore
   float* scores;         // [num_proxies][num_rows][score_stride]; blocks n > m are not written
   int64_t score_stride;  // >= key blocks
   float* log_sums;       // out, or null: log2-sum-exp of every sampled query, [num_proxies][num_q]
   uint32_t* tile_counter;  // as in AttentionParams
   int num_sms;
 };
-struct ProxyScoreScratch {
-  int64_t maxima_bytes, sums_bytes;
-};
-ProxyScoreScratch PlanProxyScore(int64_t num_q, int64_t first_sample, int32_t num_proxies,
-                                 int32_t stride);
 cudaError_t LaunchProxyScore(const ProxyScoreParams& params, cudaStream_t stream);
 
 // Estimated mass of every row's key blocks, from the sampled tokens: the sum of a row is 1.

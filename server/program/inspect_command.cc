@@ -7,6 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/str_format.h"
+#include "engine/error.h"
 #include "engine/model/model_tensors.h"
 #include "engine/model/safetensors.h"
 #include "engine/resolve.h"
@@ -31,14 +32,10 @@ struct Inspection {
 
 absl::StatusOr<Inspection> Inspect(const ServerOptions& options) {
   Inspection out;
-  std::unique_ptr<Backend> backend;
-  DType dtype = options.backend.dtype == ComputeDType::kF32 ? DType::kF32 : DType::kBF16;
-  if (options.backend.device != "cuda") {  // a plan can be made without a GPU at hand
-    HEADSTART_ASSIGN_OR_RETURN(backend, MakeBackend(options.backend));
-    dtype = backend->compute_dtype();
-  }
+  absl::StatusOr<std::unique_ptr<BackendPlan>> backend = MakeBackendPlan(options.backend);
+  if (!backend.ok()) return AsUsageError(backend.status());
   const EngineOptions engine_options = ToEngineOptions(options);
-  HEADSTART_ASSIGN_OR_RETURN(out.model, ResolveModel(engine_options, dtype, backend.get()));
+  HEADSTART_ASSIGN_OR_RETURN(out.model, ResolveModel(engine_options, **backend));
   HEADSTART_ASSIGN_OR_RETURN(const auto files,
                              WeightFiles::Open(options.model_dir, engine_options.links));
   HEADSTART_RETURN_IF_ERROR(FindModelTensors(out.model.config, *files).status());

@@ -7,10 +7,12 @@
 #include "server/program/inspect_command.h"
 #include "server/program/model_hash_command.h"
 #include "server/program/serve_command.h"
+#include "server/program/terminate.h"
 #include "server/version.h"
 
 int main(int argc, char** argv) {
   headstart::LimitIdleSpinning(argv);
+  headstart::EndWhereResourcesLack();
   CLI::App app("Headstart: prefill for disaggregated LLM serving", "headstart");
   app.set_version_flag("--version", headstart::kVersion);
   app.require_subcommand(1);

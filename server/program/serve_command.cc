@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <memory>
@@ -13,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/error.h"
 #include "kernels/base/instant.h"
+#include "kernels/base/machine.h"
 #include "kernels/base/status_macros.h"
 #include "server/ops/logging.h"
 #include "server/program/exit_code.h"
@@ -26,6 +28,8 @@ namespace {
 
 // How much longer than the drain timeout the end may take.
 constexpr absl::Duration kHangLimit = absl::Seconds(5);
+// Of gRPC, listeners, timers and the log, before any client comes.
+constexpr int32_t kServerThreads = 32;
 
 struct ServeFlags {
   ServerOptions options;
@@ -40,9 +44,7 @@ absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ServerOptions& options)
       ReadModelConfig(engine_options.model_dir, engine_options.links).status());
   absl::StatusOr<std::unique_ptr<Backend>> backend = MakeBackend(options.backend);
   if (!backend.ok()) return AsUsageError(backend.status());
-  HEADSTART_ASSIGN_OR_RETURN(
-      ResolvedModel model,
-      ResolveModel(engine_options, (*backend)->compute_dtype(), backend->get()));
+  HEADSTART_ASSIGN_OR_RETURN(ResolvedModel model, ResolveModel(engine_options, **backend));
   Log(LogLevel::kInfo, "memory plan",
       {{"device", (*backend)->device()},
        {"weight_bytes", model.plan.weight_bytes},
@@ -51,21 +53,39 @@ absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ServerOptions& options)
        {"scratch_bytes", model.plan.scratch_bytes},
        {"total_bytes", model.plan.total_bytes()},
        {"free_bytes", (*backend)->FreeBytes().value_or(-1)},
-       {"host_kv_bytes", model.options.host_kv_bytes}});
+       {"host_kv_bytes", model.options.host_kv_bytes},
+       {"host_free_bytes", FindFreeMemory().value_or(FreeMemory{-1, ""}).bytes}});
   return Engine::Create(std::move(model), *std::move(backend),
                         MakeLoadProgress(options.log_format));
+}
+
+std::string DraftOf(const std::string& path) { return path + ".tmp"; }
+
+absl::Status CantWritePortFile(const std::string& path) {
+  return absl::InvalidArgumentError(absl::StrCat("--port-file ", path, ": can't be written"));
+}
+
+// Before there are ports: whether there could be such a file.
+absl::Status TryPortFile(const std::string& path) {
+  if (path.empty()) return absl::OkStatus();
+  std::error_code ignored;
+  if (std::filesystem::is_directory(path, ignored) || !std::ofstream(DraftOf(path))) {
+    return CantWritePortFile(path);
+  }
+  std::remove(DraftOf(path).c_str());
+  return absl::OkStatus();
 }
 
 // Complete or not at all: scripts wait for the file and read it.
 absl::Status WritePortFile(const std::string& path, const Server& server) {
   if (path.empty()) return absl::OkStatus();
-  const std::string draft = path + ".tmp";
+  const std::string draft = DraftOf(path);
   std::ofstream file(draft);
   file << nlohmann::json({{"port", server.port()}, {"admin_port", server.admin_port()}}).dump()
        << "\n";
   file.close();
   if (file.fail() || std::rename(draft.c_str(), path.c_str()) != 0) {
-    return absl::InvalidArgumentError(absl::StrCat("--port-file ", path, ": can't be written"));
+    return CantWritePortFile(path);
   }
   return absl::OkStatus();
 }
@@ -118,6 +138,13 @@ void AddServeCommand(CLI::App& app, std::function<void(int)> set_exit_code) {
 
 int RunServer(const ServerOptions& options, Server::EngineFactory make_engine) {
   InitLogging(options.log_format, options.log_level);
+  if (const absl::Status status = TryPortFile(options.port_file); !status.ok()) {
+    return FailToStart(status);
+  }
+  if (const absl::Status status = CheckThreads(kServerThreads); !status.ok()) {
+    FailToStart(status);
+    return kExitRuntime;
+  }
   Mutex mutex;
   Server* running = nullptr;  // guarded by `mutex`
   bool signalled = false;     // likewise
@@ -131,7 +158,7 @@ int RunServer(const ServerOptions& options, Server::EngineFactory make_engine) {
   if (!started.ok()) return FailToStart(started.status());
   std::unique_ptr<Server> server = *std::move(started);
   if (absl::Status status = WritePortFile(options.port_file, *server); !status.ok()) {
-    return FailToStart(status);
+    ExitNow(FailToStart(status));  // nobody waits for the model any more
   }
   {
     MutexLock lock(&mutex);

@@ -131,8 +131,7 @@ class Bench {
     options.kv_pool_tokens = std::max(arguments.batch * NumBlocks(arguments.tokens) * kBlockTokens,
                                       arguments.long_tokens);
     options.max_prompt_tokens = std::max(arguments.tokens, arguments.long_tokens);
-    HEADSTART_ASSIGN_OR_RETURN(model_,
-                               ResolveModel(options, backend_->compute_dtype(), backend_.get()));
+    HEADSTART_ASSIGN_OR_RETURN(model_, ResolveModel(options, *backend_));
     HEADSTART_ASSIGN_OR_RETURN(const auto files, WeightFiles::Open(options.model_dir));
     HEADSTART_ASSIGN_OR_RETURN(
         ModelWeights weights,

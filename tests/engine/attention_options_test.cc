@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <limits>
 
 #include "tests/testing/status_matchers.h"
@@ -103,7 +104,9 @@ TEST(AttentionOptionsTest, RefusesValuesByName) {
   EXPECT_THAT(refusal([](Options o) { o.stride = 5; }), is("attention.stride=5 is not 4, 8 or 16"));
   EXPECT_THAT(refusal([](Options o) { o.gamma = 0; }), is("attention.gamma=0 is not in (0, 1]"));
   EXPECT_THAT(refusal([nan](Options o) { o.gamma = nan; }), is("attention.gamma=nan"));
-  EXPECT_THAT(refusal([](Options o) { o.gamma = 1.01f; }), is("attention.gamma=1.01"));
+  EXPECT_THAT(refusal([](Options o) { o.gamma = 1.01f; }), is("attention.gamma=1.01 is"));
+  EXPECT_THAT(refusal([](Options o) { o.gamma = std::nextafter(1.0f, 2.0f); }),
+              is("attention.gamma=1.0000001 is not in (0, 1]"));
   EXPECT_THAT(refusal([](Options o) { o.floor_tokens = -1; }), is("attention.floor_tokens=-1"));
   EXPECT_THAT(refusal([](Options o) { o.sink_blocks = 2; }), is("attention.sink_blocks=2"));
   EXPECT_THAT(refusal([](Options o) { o.local_blocks = -1; }), is("attention.local_blocks=-1"));

@@ -77,6 +77,28 @@ absl::StatusOr<std::unique_ptr<testing::FaultBackend>> BackendWithFreeBytes(int6
   return backend;
 }
 
+// The CPU's memory is the host's, for all of the plan; while weights are read they lie there twice.
+TEST(MemoryPlanTest, IsComparedWithWhatTheHostHas) {
+  ASSERT_OK_AND_ASSIGN(const auto cpu, MakeBackend(BackendOptions()));
+  constexpr int64_t kProgram = 64 << 20;
+  MemoryPlan plan;
+  plan.weight_bytes = 1000;
+  plan.kv_pool_bytes = 200;
+  plan.host_kv_bytes = 30;
+  plan.reading_bytes = 100;
+  const auto refused = [](const char* text) {
+    return testing::StatusIs(absl::StatusCode::kResourceExhausted, ::testing::HasSubstr(text));
+  };
+  EXPECT_OK(CheckFits(plan, *cpu, FreeMemory{kProgram + 1230, "a limit"}));
+  EXPECT_THAT(CheckFits(plan, *cpu, FreeMemory{kProgram + 1223, "a limit"}),
+              refused("a limit leaves 67110087: 7 are missing"));
+  plan.reading_bytes = 900;
+  EXPECT_OK(CheckFits(plan, *cpu, FreeMemory{kProgram + 1900, "a limit"}));
+  EXPECT_THAT(CheckFits(plan, *cpu, FreeMemory{kProgram + 1899, "a limit"}),
+              refused("1 are missing"));
+  EXPECT_OK(CheckFits(plan, *cpu, std::nullopt));
+}
+
 // What does not fit is refused before a weight is loaded, with the bytes that are missing.
 TEST(MemoryPlanTest, RefusesWhatDoesNotFit) {
   testing::TempDir dir;
@@ -84,8 +106,7 @@ TEST(MemoryPlanTest, RefusesWhatDoesNotFit) {
   EngineOptions options;
   options.model_dir = dir.path();
   ASSERT_OK_AND_ASSIGN(auto roomy, BackendWithFreeBytes(int64_t{1} << 40));
-  ASSERT_OK_AND_ASSIGN(const ResolvedModel model,
-                       ResolveModel(options, roomy->compute_dtype(), roomy.get()));
+  ASSERT_OK_AND_ASSIGN(const ResolvedModel model, ResolveModel(options, *roomy));
   EXPECT_GT(model.plan.scratch_bytes, 0);
   EXPECT_EQ(model.plan.staging_bytes, KvStaging::Bytes(model.geometry, model.limits.max_rows));
   EXPECT_OK(CheckFits(model.plan, *roomy));

@@ -18,6 +18,10 @@ class BackendWrapper : public Backend {
   std::string device() const override { return inner_->device(); }
   DType compute_dtype() const override { return inner_->compute_dtype(); }
   DType residual_dtype() const override { return inner_->residual_dtype(); }
+  absl::Status CheckModel(const ModelShape& model) const override {
+    return inner_->CheckModel(model);
+  }
+  int64_t max_tokens() const override { return inner_->max_tokens(); }
   int64_t PlanScratchBytes(const HeadShape& heads, int64_t piece_tokens,
                            int64_t num_tokens) const override {
     return inner_->PlanScratchBytes(heads, piece_tokens, num_tokens);
@@ -27,6 +31,7 @@ class BackendWrapper : public Backend {
     return inner_->ReserveScratch(heads, piece_tokens, num_tokens);
   }
   std::optional<int64_t> FreeBytes() const override { return inner_->FreeBytes(); }
+  bool UsesHostMemory() const override { return inner_->UsesHostMemory(); }
   bool LearnsShapes() const override { return inner_->LearnsShapes(); }
   absl::StatusOr<Buffer> Allocate(int64_t bytes) override { return inner_->Allocate(bytes); }
   absl::Status Upload(const void* host, int64_t bytes, void* device) override {

@@ -36,8 +36,7 @@ CollectedChunk Collect(const KvChunk& chunk, const KvGeometry& geometry) {
 
 absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const EngineOptions& options,
                                                    std::unique_ptr<Backend> backend) {
-  HEADSTART_ASSIGN_OR_RETURN(ResolvedModel model,
-                             ResolveModel(options, backend->compute_dtype(), backend.get()));
+  HEADSTART_ASSIGN_OR_RETURN(ResolvedModel model, ResolveModel(options, *backend));
   return Engine::Create(std::move(model), std::move(backend), nullptr);
 }
 

@@ -331,13 +331,6 @@ cudaError_t Launch(const ProxyScoreParams& params, cudaStream_t stream) {
 
 }  // namespace
 
-ProxyScoreScratch PlanProxyScore(int64_t num_q, int64_t first_sample, int32_t num_proxies,
-                                 int32_t stride) {
-  const ScoreShape shape(num_q, first_sample);
-  return {int64_t{num_proxies} * num_q * shape.key_tiles * stride * int64_t{sizeof(__half)},
-          int64_t{num_proxies} * num_q * shape.ranges * int64_t{sizeof(float2)}};
-}
-
 cudaError_t LaunchProxyScore(const ProxyScoreParams& params, cudaStream_t stream) {
   if (ScoreShape(params.num_q, params.first_sample).ranges > kMaxRanges)
     return cudaErrorInvalidValue;

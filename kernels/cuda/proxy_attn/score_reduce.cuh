@@ -13,9 +13,7 @@
 namespace headstart::cuda {
 
 inline constexpr int kQueryRows = 192;
-inline constexpr int kKeyTile = 128;
-inline constexpr int kGroupRows = 64;  // queries of a warpgroup
-inline constexpr int kRangeTiles = 32;
+inline constexpr int kGroupRows = 64;   // queries of a warpgroup
 inline constexpr int kMaxRanges = 128;  // 2M tokens at stride 4
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
