@@ -85,6 +85,7 @@ absl::Status KvAssembly::Commit(const KvRange& range) {
   times_.last_chunk = Instant::Now();
   if (num_chunks_++ == 0) times_.first_chunk = times_.last_chunk;
   kv_bytes_ += RangeBytes(shape_, range);
+  MarkArrived(destination_, shape_, range);
   int64_t& tokens = layer_tokens_[range.layer];
   tokens += range.token_count;
   if (options_.on_progress) options_.on_progress(kv_bytes_, shape_.wire_bytes());

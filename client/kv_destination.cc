@@ -1,6 +1,7 @@
 #include "client/kv_destination.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <new>
 
@@ -53,6 +54,13 @@ absl::Status CheckValues(const KvDestination& destination, const KvShape& shape)
   return absl::InvalidArgumentError(absl::StrCat("values: the KV has elements of ",
                                                  shape.element_bytes,
                                                  " bytes; only fp8 is multiplied out"));
+}
+
+absl::Status CheckArrived(const KvDestination& destination, const KvShape& shape) {
+  const auto size = static_cast<int64_t>(destination.arrived.size());
+  if (size == 0 || size == shape.num_pages()) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("arrived has ", size, " entries, the KV ", shape.num_pages(), " pages"));
 }
 
 // Bytes from a plane's base to the end of the furthest row that may be written, without overflow.
@@ -118,6 +126,7 @@ absl::StatusOr<KvBuffer> AllocateKv(const KvShape& shape, KvValues values) {
 
 absl::Status CheckDestination(const KvDestination& destination, const KvShape& sent) {
   HEADSTART_RETURN_IF_ERROR(CheckValues(destination, sent));
+  HEADSTART_RETURN_IF_ERROR(CheckArrived(destination, sent));
   const KvShape shape = ShapeOfValues(sent, destination.values);
   if (static_cast<int64_t>(destination.layers.size()) != shape.num_layers) {
     return absl::InvalidArgumentError(absl::StrCat("layers has ", destination.layers.size(),
@@ -146,6 +155,14 @@ absl::Status CheckDestination(const KvDestination& destination, const KvShape& s
         absl::StrCat("the KV would be written beyond plane_bytes=", destination.plane_bytes));
   }
   return absl::OkStatus();
+}
+
+void MarkArrived(const KvDestination& destination, const KvShape& shape, const KvRange& range) {
+  if (destination.arrived.empty()) return;
+  const int64_t layer_pages = shape.num_pages(shape.token_begin, shape.token_end());
+  uint8_t* page = &destination.arrived[range.layer * layer_pages + shape.PageOf(range.token_begin)];
+  const uint8_t* end = page + shape.num_pages(range.token_begin, range.token_end());
+  for (; page != end; ++page) std::atomic_ref(*page).store(1, std::memory_order_release);
 }
 
 ChunkScatter::ChunkScatter(const KvDestination& destination, const KvShape& shape,

@@ -41,9 +41,9 @@ struct KvShape {
     return PageOf(end - 1) - PageOf(begin) + 1;
   }
   int64_t PageOf(int64_t token) const { return token / block_tokens - token_begin / block_tokens; }
-  int64_t num_scales() const {
-    return has_scales() ? num_layers * num_pages(token_begin, token_end()) * page_scales() : 0;
-  }
+  // Of all layers.
+  int64_t num_pages() const { return num_layers * num_pages(token_begin, token_end()); }
+  int64_t num_scales() const { return num_pages() * page_scales(); }
   // Of all layers on the wire, scales included.
   int64_t wire_bytes() const { return total_bytes() + num_scales() * int64_t{sizeof(float)}; }
 };
@@ -83,6 +83,10 @@ struct KvDestination {
   // Of fp8 as it is sent: [layers][pages on the wire][K, V][num_kv_heads]. The first page is that
   // of the first token that comes. What a byte stands for is its E4M3 number times the scale.
   absl::Span<float> scales = {};
+  // [layers][pages on the wire], or empty: set to 1 when all heads of the page have come and their
+  // checksum was right. Who reads it while the call runs (std::atomic_ref, memory_order_acquire)
+  // may read the page then.
+  absl::Span<uint8_t> arrived = {};
 };
 
 enum class PageLayout : uint8_t { kHnd, kNhd };  // [heads][tokens][dim], [tokens][heads][dim]
@@ -108,8 +112,9 @@ struct KvBuffer {
 absl::StatusOr<KvBuffer> AllocateKv(const KvShape& shape, KvValues values = KvValues::kAsSent);
 
 // INVALID_ARGUMENT when the shape would be written outside of plane_bytes, a page is used twice,
-// fp8 is to be kept without room for its scales, other KV is to be multiplied out, or a field makes
-// no sense. Whether rows overlap through small strides is the caller's business.
+// fp8 is to be kept without room for its scales, other KV is to be multiplied out, `arrived` is not
+// of the pages that come, or a field makes no sense. Whether rows overlap through small strides is
+// the caller's business.
 absl::Status CheckDestination(const KvDestination& destination, const KvShape& shape);
 
 // What a chunk carries: all heads of some tokens. `layer` counts from the first one of the part.
@@ -120,6 +125,10 @@ struct KvRange {
 
   int64_t token_end() const { return token_begin + token_count; }
 };
+
+// Notes in `arrived`, where that is asked for, that the range has come. Pages are not shared by
+// ranges.
+void MarkArrived(const KvDestination& destination, const KvShape& shape, const KvRange& range);
 
 // On the wire, scales included. Pages are not shared by ranges.
 inline int64_t RangeBytes(const KvShape& shape, const KvRange& range) {

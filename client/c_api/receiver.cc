@@ -100,7 +100,8 @@ absl::StatusOr<KvDestination> ToDestination(const HeadstartKvDestination& from) 
       .strides = {.page = from.page_stride, .head = from.head_stride, .token = from.token_stride},
       .token_begin = from.token_begin,
       .values = static_cast<KvValues>(from.values),
-      .scales = {from.scales, static_cast<size_t>(from.num_scales)}};
+      .scales = {from.scales, static_cast<size_t>(from.num_scales)},
+      .arrived = {from.arrived, static_cast<size_t>(from.num_arrived)}};
   for (int64_t i = 0; i + 1 < from.num_planes; i += 2) {
     to.layers.push_back({.k = static_cast<std::byte*>(from.planes[i]),
                          .v = static_cast<std::byte*>(from.planes[i + 1])});

@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 /* Grows with every change of this file that a caller must know of. */
-#define HEADSTART_ABI_VERSION 2
+#define HEADSTART_ABI_VERSION 3
 HEADSTART_EXPORT int32_t headstart_abi_version(void);
 
 typedef struct HeadstartClient HeadstartClient;
@@ -96,6 +96,8 @@ typedef struct {
   int32_t values; /* 0: as sent; fp8 multiplied out: 1 bf16, 2 f32 */
   float* scales;  /* of fp8 as sent; else null */
   int64_t num_scales;
+  uint8_t* arrived; /* [layers][pages on the wire], set to 1 as they come; or null */
+  int64_t num_arrived;
 } HeadstartKvDestination;
 
 /* Called on the threads that receive, never two at a time. Anything but 0 ends the call with

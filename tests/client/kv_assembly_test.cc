@@ -112,6 +112,40 @@ TEST_F(KvAssemblyTest, TellsALayerWhenAllStreamsHaveBroughtTheirsOfIt) {
   EXPECT_EQ(last_bytes, static_cast<int64_t>(kv_.size()));
 }
 
+// Each page is marked when its chunk is in place, not before, and none but those that come.
+TEST_F(KvAssemblyTest, MarksPagesThatHaveArrived) {
+  std::vector<uint8_t> arrived;
+  const auto marked = [&] { return std::count(arrived.begin(), arrived.end(), 1); };
+  options_.on_manifest = [&](const v1::KvManifest&, const KvShape& shape) {
+    received_.assign(shape.total_bytes(), std::byte{0});
+    arrived.assign(shape.num_pages(), 0);
+    absl::StatusOr<KvDestination> destination = ContiguousKv(shape, absl::MakeSpan(received_));
+    destination->arrived = absl::MakeSpan(arrived);
+    return destination;
+  };
+  options_.on_progress = [&](int64_t done, int64_t total) {
+    EXPECT_EQ(marked() == static_cast<int64_t>(arrived.size()), done == total);
+    EXPECT_GT(marked(), 0);
+  };
+  KvAssembly assembly(options_);
+  ASSERT_OK(ReceiveInTurns(Streams(3), &assembly));
+  EXPECT_EQ(marked(), assembly.shape().num_pages());
+}
+
+TEST_F(KvAssemblyTest, RefusesMarksForOtherPagesThanThoseThatCome) {
+  std::vector<uint8_t> arrived;
+  options_.on_manifest = [&](const v1::KvManifest&, const KvShape& shape) {
+    received_.assign(shape.total_bytes(), std::byte{0});
+    arrived.assign(shape.num_pages() - 1, 0);
+    absl::StatusOr<KvDestination> destination = ContiguousKv(shape, absl::MakeSpan(received_));
+    destination->arrived = absl::MakeSpan(arrived);
+    return destination;
+  };
+  KvAssembly assembly(options_);
+  EXPECT_THAT(ReceiveInTurns(Streams(1), &assembly),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("arrived has")));
+}
+
 TEST_F(KvAssemblyTest, NamesTheLayersOfAPartAsTheModelDoes) {
   std::vector<int64_t> layers;
   options_.on_layer = [&](int64_t layer) {

@@ -238,7 +238,7 @@ class FakeKeeper(FakeServer):
     on_chunk(fetch, chunk, context): called before a chunk leaves; may abort. Counts acknowledged chunks by stripe.
     """
 
-    FETCH_ID = b"0123456789abcdef"
+    FETCH_ID = b"0123456789abcdef"  # of the first prompt; the others count on
 
     def __init__(self, kv=None, on_chunk=None, fetch_address=""):
         super().__init__()
@@ -250,19 +250,22 @@ class FakeKeeper(FakeServer):
         self.fetches = []
         self.acknowledged = {}
         self.peers = set()
-        self.released = threading.Event()
+        self.kept = {self.FETCH_ID}  # also where another server says that it is here
+        self.released = threading.Event()  # the last prompt's KV
 
     def prefill(self, request, context):
         self.requests.append(request)
         self.manifest.skip_tokens = max(self.manifest.skip_tokens, request.skip_tokens)
         self.released.clear()
-        accepted = pb.Accepted(request_id=request.request_id, fetch_id=self.FETCH_ID, fetch_address=self.fetch_address)
+        fetch_id = self.FETCH_ID if len(self.requests) == 1 else b"%016d" % len(self.requests)
+        self.kept.add(fetch_id)
+        accepted = pb.Accepted(request_id=request.request_id, fetch_id=fetch_id, fetch_address=self.fetch_address)
         yield pb.PrefillResponse(accepted=accepted)
         yield from make_part_stream([], self.manifest)
 
     def fetch_kv(self, requests, context):
         fetch = next(requests).fetch
-        if fetch.fetch_id != self.FETCH_ID or self.released.is_set():
+        if fetch.fetch_id not in self.kept:
             headstart_error(grpc.StatusCode.NOT_FOUND, "UNKNOWN_FETCH_ID").end(context)
         self.fetches.append(fetch)
         self.peers.add(context.peer())
@@ -279,7 +282,9 @@ class FakeKeeper(FakeServer):
         yield completed
 
     def release_kv(self, request, context):
-        self.released.set()
+        self.kept.discard(request.fetch_id)
+        if not self.kept:
+            self.released.set()
         return pb.ReleaseKvResponse()
 
     def renew_lease(self, request, context):

@@ -1,5 +1,7 @@
 """Where the Python client puts KV: the caller's memory, contiguous or paged, NumPy or torch."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -187,3 +189,30 @@ def test_layers_in_memory_of_the_callers_are_told_without_it(prefill):
     into = lambda shape: KvDestination(planes, [0, 1, 2])
     prefill(make_stream(), into=into, on_layer=lambda layer, kv: seen.append((layer, kv)))
     assert seen == [(0, None), (1, None), (2, None)]
+
+
+@pytest.mark.parametrize("skip_tokens", [0, 6])
+def test_says_which_pages_have_arrived(prefill, skip_tokens):
+    """When a layer is whole all its pages are marked, and none of later layers' last pieces."""
+    kv, marks = np.zeros((LAYERS, 2, KV_HEADS, len(TOKENS) - skip_tokens, HEAD_DIM), np.uint16), []
+    seen = []
+
+    def into(shape):
+        assert shape.arrived_dims == (LAYERS, 3 - skip_tokens // 4)
+        marks.append(np.zeros(shape.arrived_dims, np.uint8))
+        return dataclasses.replace(contiguous(kv, shape.token_begin), arrived=marks[0])
+
+    prefill(
+        make_stream(skip_tokens=skip_tokens),
+        skip_tokens=skip_tokens,
+        into=into,
+        on_layer=lambda layer, _: seen.append(marks[0].all(axis=1).tolist()),
+    )
+    assert seen == [[i <= layer for i in range(LAYERS)] for layer in range(LAYERS)]
+
+
+@pytest.mark.parametrize("shape, dtype", [((LAYERS, 2), np.uint8), ((LAYERS - 1, 3), np.uint8), ((LAYERS, 3), np.int16)])
+def test_refuses_marks_of_other_pages(prefill, shape, dtype):
+    kv = np.zeros((LAYERS, 2, KV_HEADS, len(TOKENS), HEAD_DIM), np.uint16)
+    with pytest.raises(ValueError, match="arrived is"):
+        prefill(make_stream(), into=lambda _: dataclasses.replace(contiguous(kv), arrived=np.zeros(shape, dtype)))

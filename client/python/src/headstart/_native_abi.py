@@ -6,7 +6,7 @@ import ctypes
 import os
 from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_size_t, c_void_p
 
-VERSION = 2
+VERSION = 3
 VALUES_BF16, VALUES_F32 = 1, 2  # of KvDestination.values; 0: as sent
 
 
@@ -76,6 +76,8 @@ class KvDestination(Structure):
         ("values", c_int32),
         ("scales", c_void_p),
         ("num_scales", c_int64),
+        ("arrived", c_void_p),
+        ("num_arrived", c_int64),
     ]
 
 

@@ -58,6 +58,11 @@ class KvShape:
         return 2 * self.num_kv_heads * (count * self.head_dim + pages * fp8.SCALE_BYTES)
 
     @property
+    def arrived_dims(self) -> tuple[int, int]:
+        """Of KvDestination.arrived; the last page holds token_end - 1."""
+        return (self.num_layers, (self.token_end - 1) // self.block_tokens - self.token_begin // self.block_tokens + 1)
+
+    @property
     def token_end(self) -> int:
         return self.token_begin + self.num_tokens
 
@@ -70,12 +75,15 @@ class KvDestination:
     with elements of the KV's size; of fp8 KV, which is multiplied out, float32, or bfloat16 (NumPy: its bits in uint16). Views are welcome, such as `cache[:, 0]`, or `cache.transpose(1, 2)` where heads lie within
     tokens; all of the same shape and strides, head_dim contiguous.
     page_table: token t lies in page page_table[(t - token_begin) // page_tokens]. token_begin: the token in the first slot; not
-    behind the first token that comes. Pages that hold only tokens before that are not looked at.
+    behind the first token that comes. Pages that hold only tokens before that are not looked at. arrived: uint8
+    [layers][pages of the wire] (KvShape.arrived_dims), where 1 is put as soon as a page is in its place with all its heads and
+    its checksum was right; for readers that go along with the call. No lock of Python is taken for it.
     """
 
     layers: Sequence[tuple[Array, Array]]
     page_table: Sequence[int]
     token_begin: int = 0
+    arrived: np.ndarray | None = None
 
 
 # Gives memory for KV of this shape. An exception ends the call with it.
@@ -103,6 +111,9 @@ class KvPlanes:
             _check_plane(plane, first, shape)
         self.num_pages, _, self.page_tokens, _ = first.shape
         self._check_page_table()
+        self.arrived = destination.arrived
+        if self.arrived is not None:
+            _check_arrived(self.arrived, shape)
 
     def _check_page_table(self) -> None:
         shape, begin = self.shape, self.token_begin
@@ -124,6 +135,13 @@ class KvPlanes:
             self._write_page(layer, token_begin, self._read_page(data[:num_bytes], page_end - token_begin))
             data = data[num_bytes:]
             token_begin = page_end
+
+    def mark_arrived(self, layer: int, token_begin: int, token_count: int) -> None:
+        """These tokens are in place and checked."""
+        if self.arrived is not None:
+            first = self.shape.token_begin // self.shape.block_tokens
+            begin, last = (token // self.shape.block_tokens - first for token in (token_begin, token_begin + token_count - 1))
+            self.arrived[layer, begin : last + 1] = 1
 
     def _read_page(self, data: np.ndarray, tokens: int) -> np.ndarray:
         """[K, V][kv_heads][tokens][head_dim] of the destination's dtype."""
@@ -170,6 +188,12 @@ def _check_plane(plane: np.ndarray, first: np.ndarray, shape: KvShape) -> None:
     rows_are_packed = plane.strides[3] == plane.itemsize or shape.head_dim == 1
     _check(rows_are_packed and min(plane.strides) >= 0, f"destination has strides {plane.strides}: head_dim is not contiguous")
     _check(plane.flags.writeable, "destination is read-only")
+
+
+def _check_arrived(arrived: np.ndarray, shape: KvShape) -> None:
+    fits = arrived.dtype == np.uint8 and arrived.shape == shape.arrived_dims
+    what = f"arrived is {arrived.dtype} {arrived.shape}, not uint8 {shape.arrived_dims}"
+    _check(fits and arrived.flags.c_contiguous and arrived.flags.writeable, what)
 
 
 def _check(condition: bool, message: str) -> None:

@@ -212,6 +212,8 @@ class _Callbacks:
         destination.plane_bytes = _reach(first)
         if planes.shape.is_fp8:
             destination.values = abi.VALUES_BF16 if first.itemsize == 2 else abi.VALUES_F32
+        if planes.arrived is not None:
+            destination.arrived, destination.num_arrived = planes.arrived.ctypes.data, planes.arrived.size
         if planes.page_tokens == 1:
             destination.token_stride = first.shape[3] * first.itemsize  # NumPy's means nothing
 

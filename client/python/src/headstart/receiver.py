@@ -82,6 +82,7 @@ class KvReceiver:
         self._next_token[layer] = token_end
         self.kv_bytes += num_bytes
         self.num_chunks += 1
+        self._assembly.planes.mark_arrived(layer, header.token_begin, header.token_count)
         self._assembly.commit(layer, header.token_count, num_bytes)
 
     def _check_place(self, header: pb.KvChunk, where: str) -> None:
