@@ -61,9 +61,9 @@ absl::StatusOr<std::string> ModelDir::Resolve(absl::string_view name) const {
   const fs::path real = fs::canonical(path, error);
   if (error) return absl::InvalidArgumentError(absl::StrCat(path, ": ", error.message()));
   if (!root_.empty() && !IsInside(real, root_)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(path, ": is a link to ", real.string(), ", outside of ", root_,
-                     "; --follow-links=true allows such links"));
+    return absl::InvalidArgumentError(absl::StrCat(path, ": is a link to ", real.string(),
+                                                   ", outside of ", root_,
+                                                   "; --follow-links=true allows such links"));
   }
   return real.string();
 }

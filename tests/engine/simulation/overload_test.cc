@@ -95,7 +95,8 @@ TEST_P(OverloadTest, ServesAsMuchAsTheMachineCan) {
   traffic.requests = static_cast<int64_t>(400 * times);
   traffic.deadline = 10 * kLayers * kLayerTime * static_cast<double>(1 + most_blocks);
   const Served overload = Serve(traffic);
-  EXPECT_GT(overload.tokens_per_second, 0.85 * all.tokens_per_second) << "share " << overload.tokens_per_second / all.tokens_per_second << overload.requests;
+  EXPECT_GT(overload.tokens_per_second, 0.85 * all.tokens_per_second)
+      << "share " << overload.tokens_per_second / all.tokens_per_second << overload.requests;
 }
 
 INSTANTIATE_TEST_SUITE_P(Loads, OverloadTest,
