@@ -86,6 +86,11 @@ bool Lifecycle::healthy() const {
   return IsHealthy();
 }
 
+bool Lifecycle::stuck() const {
+  MutexLock lock(&mutex_);
+  return stuck_;
+}
+
 absl::Status Lifecycle::Live() const {
   MutexLock lock(&mutex_);
   if (stuck_) return absl::UnavailableError("stuck: no layer finishes");

@@ -43,6 +43,7 @@ class Lifecycle {
 
   Phase phase() const;
   bool healthy() const;
+  bool stuck() const;
   // OK when the process is worth keeping, and when requests are taken; else why not, in words for
   // probes.
   absl::Status Live() const;

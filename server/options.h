@@ -8,6 +8,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "kernels/backend.h"
+#include "server/ops/objective.h"
 #include "server/rpc/attention_request.h"
 
 namespace headstart {
@@ -74,16 +75,22 @@ struct ServerOptions {
   absl::Duration max_deadline = absl::Minutes(10);
   absl::Duration first_message_timeout = absl::Seconds(10);
   absl::Duration write_stall_timeout = absl::Seconds(30);
+  int64_t min_kv_rate = 128 << 10;  // bytes a second; 0: any
   absl::Duration default_lease = absl::Seconds(60);
   absl::Duration max_lease = absl::Minutes(10);
 
   // ---- operations
   absl::Duration drain_timeout = absl::Seconds(60);
   absl::Duration stuck_after = absl::Minutes(2);
+  Objective objective;
   std::string otlp_endpoint;  // where traces go, see ParseOtlpEndpoint; empty: none are made
   double otlp_sample_ratio = 1;
   LogFormat log_format = LogFormat::kText;
   std::string log_level = "info";
+
+  // Of all that is set but listeners, so that servers which should be alike can be compared; empty
+  // where nobody has made it.
+  std::string hash;
 };
 
 // What can be said without opening a file or a port. INVALID_ARGUMENT names the flag.

@@ -15,6 +15,7 @@
 #include "server/net/self_check.h"
 #include "server/ops/logging.h"
 #include "server/ops/otlp_sink.h"
+#include "server/ops/stacks.h"
 #include "server/version.h"
 
 namespace headstart {
@@ -26,6 +27,7 @@ constexpr absl::Duration kGoodbye = absl::Seconds(1);
 // Open files that are not connections of clients.
 constexpr int64_t kOtherFiles = 64 + HttpServer::kMaxConnections;
 constexpr absl::Duration kSelfCheckTimeout = absl::Seconds(2);
+constexpr absl::Duration kStackPatience = absl::Milliseconds(200);  // for each thread
 
 ListenerLimits LimitConnections(const ConnectionOptions& options) {
   const int64_t files = RaiseFileLimit();
@@ -130,7 +132,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options,
 
 Server::Server(ServerOptions options)
     : options_(std::move(options)),
-      metrics_(ServedModelName(options_)),
+      metrics_(
+          {ServedModelName(options_), options_.backend.device, options_.hash, options_.objective}),
       span_exporter_(MakeSpanExporter(options_)),
       tracer_(options_.otlp_sample_ratio, span_exporter_.get()),
       lifecycle_(options_.stuck_after,
@@ -228,6 +231,7 @@ void Server::Fail(absl::Status why) {
 
 void Server::Drain() {
   if (!lifecycle_.Drain()) return;
+  drain_deadline_.store(absl::ToUnixSeconds(absl::Now() + options_.drain_timeout));
   Log(LogLevel::kInfo, "draining", {{"inflight_requests", Snapshot().load.inflight_requests}});
 }
 
@@ -238,6 +242,8 @@ void Server::WatchCompute() {
   if (const auto stuck = lifecycle_.WatchCompute(computing, layers, Instant::Now())) {
     Log(*stuck ? LogLevel::kError : LogLevel::kInfo,
         *stuck ? "stuck: no layer finishes" : "compute goes on again", {{"layers_done", layers}});
+    // Whoever asks why comes when the process has been ended.
+    if (*stuck) Log(LogLevel::kError, "stacks", {{"threads", AllStacks(kStackPatience)}});
   }
   watch_timer_->Schedule(Instant::Now() + kWatchInterval, [this] { WatchCompute(); });
 }
@@ -341,6 +347,8 @@ MetricsSnapshot Server::Snapshot() const {
   }
   s.ready = lifecycle_.healthy();
   s.draining = lifecycle_.phase() == Lifecycle::Phase::kDraining;
+  s.stuck = lifecycle_.stuck();
+  s.drain_deadline = drain_deadline_.load();
   return s;
 }
 

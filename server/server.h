@@ -1,6 +1,7 @@
 // A prefill server: puts engine, gRPC service and admin server together.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -100,6 +101,7 @@ class Server {
   std::unique_ptr<Listener> listener_;
   GrpcServer grpc_;
   std::unique_ptr<AdminServer> admin_;
+  std::atomic<int64_t> drain_deadline_{0};  // Unix time; 0: none
   std::thread loading_thread_;
   std::unique_ptr<Timer> watch_timer_;  // by itself, because it logs
 };

@@ -20,6 +20,13 @@ namespace metric {
 inline constexpr MetricSpec kRequests{MetricType::kCounter, "headstart_requests_total",
                                       "model,code,reason",
                                       "Prefill calls that ended, by gRPC code and reason"};
+inline constexpr MetricSpec kValidRequests{
+    MetricType::kCounter, "headstart_requests_valid_total", "model",
+    "Prefill calls that ended and that count for the objective: all but wrong ones, and those that "
+    "their client took back before their time was over"};
+inline constexpr MetricSpec kWithinObjective{
+    MetricType::kCounter, "headstart_requests_within_objective_total", "model",
+    "Of these, those that ended OK within --objective-base and --objective-per-1k-tokens"};
 inline constexpr MetricSpec kQueueRequests{MetricType::kGauge, "headstart_queue_requests", "model",
                                            "Accepted requests whose compute has not begun"};
 inline constexpr MetricSpec kQueueTokens{MetricType::kGauge, "headstart_queue_tokens", "model",
@@ -172,14 +179,21 @@ inline constexpr MetricSpec kReady{MetricType::kGauge, "headstart_ready", "",
                                    "1 when requests are taken and compute makes progress"};
 inline constexpr MetricSpec kDraining{MetricType::kGauge, "headstart_draining", "",
                                       "1 after SIGTERM or /drain"};
+inline constexpr MetricSpec kStuck{MetricType::kGauge, "headstart_stuck", "",
+                                   "1 when a step runs and no layer finished for --stuck-after"};
+inline constexpr MetricSpec kDrainDeadline{
+    MetricType::kGauge, "headstart_drain_deadline_seconds", "",
+    "Unix time at which a drain cancels what is left; 0 before there is one"};
 inline constexpr MetricSpec kModelLoadTime{MetricType::kGauge, "headstart_model_load_seconds", "",
                                            "Time that loading the model took"};
 inline constexpr MetricSpec kLayersDone{MetricType::kCounter, "headstart_layers_done_total", "",
                                         "Layers that compute has finished: progress"};
 inline constexpr MetricSpec kBuildInfo{MetricType::kGauge, "headstart_build_info",
-                                       "version,backend,device", "1"};
+                                       "version,backend,options_hash",
+                                       "1; options_hash: of all options but those of listeners"};
 inline constexpr MetricSpec kModelInfo{MetricType::kGauge, "headstart_model_info",
-                                       "model,model_hash,architecture,kv_dtype", "1"};
+                                       "model,model_hash,architecture,kv_dtype,device",
+                                       "1, once the model is loaded"};
 inline constexpr MetricSpec kCacheConfigInfo{MetricType::kGauge, "headstart_cache_config_info",
                                              "block_size,num_blocks", "1"};
 
@@ -229,6 +243,8 @@ inline constexpr MetricSpec kProcessStart{MetricType::kGauge, "process_start_tim
                                           "Start of the process, Unix time"};
 
 inline constexpr std::array kAll = {kRequests,
+                                    kValidRequests,
+                                    kWithinObjective,
                                     kQueueRequests,
                                     kQueueTokens,
                                     kRunningRequests,
@@ -280,6 +296,8 @@ inline constexpr std::array kAll = {kRequests,
                                     kNonfiniteOutputs,
                                     kReady,
                                     kDraining,
+                                    kStuck,
+                                    kDrainDeadline,
                                     kModelLoadTime,
                                     kLayersDone,
                                     kBuildInfo,

@@ -111,9 +111,12 @@ double Seconds(absl::Duration duration) { return absl::ToDoubleSeconds(duration)
 
 }  // namespace
 
-Metrics::Metrics(const std::string& model)
-    : model_(model),
+Metrics::Metrics(const ServerFacts& facts)
+    : model_(facts.model),
+      objective_(facts.objective),
       requests_(CounterFamily(metric::kRequests)),
+      valid_(AddCounter(metric::kValidRequests, {})),
+      within_objective_(AddCounter(metric::kWithinObjective, {})),
       transfer_failures_(CounterFamily(metric::kKvTransferFailures)),
       fetches_(CounterFamily(metric::kKvFetches)),
       time_to_first_chunk_(AddHistogram(metric::kTimeToFirstChunk, TimeBuckets())),
@@ -135,12 +138,16 @@ Metrics::Metrics(const std::string& model)
       prompt_tokens_cached_(AddCounter(metric::kPromptTokensTotal, {{"source", "prefix_cache"}})),
       kv_chunks_sent_(AddCounter(metric::kKvChunksSent, {})),
       resumes_(AddCounter(metric::kKvResumes, {})),
-      fetch_streams_(GaugeFamily(metric::kKvFetchStreams).Add({{"model", model}})),
+      fetch_streams_(GaugeFamily(metric::kKvFetchStreams).Add({{"model", facts.model}})),
       fallback_short_(AddCounter(metric::kAttentionFallback, {{"reason", "below_dense_limit"}})),
       fallback_density_(AddCounter(metric::kAttentionFallback, {{"reason", "density"}})),
       nonfinite_(AddCounter(metric::kNonfiniteOutputs, {})) {
   AddRequestCounters();
   AddStripeCounters();
+  GaugeFamily(metric::kBuildInfo)
+      .Add(
+          {{"version", kVersion}, {"backend", facts.backend}, {"options_hash", facts.options_hash}})
+      .Set(1);
 }
 
 prometheus::Family<prometheus::Counter>& Metrics::CounterFamily(const MetricSpec& spec) {
@@ -193,14 +200,12 @@ void Metrics::SetModel(const ModelFacts& facts) {
     predicted_blocks_.push_back(&predicted.Add(labels));
     sparsity_.push_back(&sparsity.Add(labels));
   }
-  GaugeFamily(metric::kBuildInfo)
-      .Add({{"version", kVersion}, {"backend", facts.backend}, {"device", facts.device}})
-      .Set(1);
   GaugeFamily(metric::kModelInfo)
       .Add({{"model", model_},
             {"model_hash", facts.model_hash},
             {"architecture", facts.architecture},
-            {"kv_dtype", facts.kv_dtype}})
+            {"kv_dtype", facts.kv_dtype},
+            {"device", facts.device}})
       .Set(1);
   GaugeFamily(metric::kCacheConfigInfo)
       .Add({{"block_size", absl::StrCat(facts.block_tokens)},
@@ -213,6 +218,7 @@ void Metrics::RecordCall(const CallRecord& record, const absl::Status& status) {
   const ErrorReason reason = ReasonOf(status);
   requests_.Add(RequestLabels(record.unknown_model ? kUnknownModel : model_, status.code(), reason))
       .Increment();
+  RecordJudgement(Judge(record, status, objective_));
   if (reason == ErrorReason::kNonfiniteOutput) nonfinite_.Increment();
   if (!record.accepted) return;
   request_time_.Observe(Seconds(record.total()));
@@ -227,6 +233,12 @@ void Metrics::RecordCall(const CallRecord& record, const absl::Status& status) {
     transfer_failures_.Add({{"model", model_}, {"reason", std::string(ErrorReasonName(reason))}})
         .Increment();
   }
+}
+
+void Metrics::RecordJudgement(Judgement judgement) {
+  if (judgement == Judgement::kNotCounted) return;
+  valid_.Increment();
+  if (judgement == Judgement::kMet) within_objective_.Increment();
 }
 
 void Metrics::RecordComputed(const CallRecord& record) {

@@ -19,9 +19,18 @@
 #include "engine/schedule/scheduler.h"
 #include "kernels/base/instant.h"
 #include "server/ops/metric_table.h"
+#include "server/ops/objective.h"
 #include "server/rpc/call_record.h"
 
 namespace headstart {
+
+// What is known of a server before its model is loaded.
+struct ServerFacts {
+  std::string model;  // the served name
+  std::string backend;
+  std::string options_hash;  // equal where options that matter to answers are
+  Objective objective;
+};
 
 // What a loaded model adds to the metrics.
 struct ModelFacts {
@@ -44,6 +53,8 @@ struct MetricsSnapshot {
   int64_t max_queue_tokens = 0;
   bool ready = false;
   bool draining = false;
+  bool stuck = false;
+  int64_t drain_deadline = 0;  // Unix time; 0: none
   int64_t layers_done = 0;
   int64_t pool_blocks = 0;
   int64_t pool_free = 0;  // cached ones included
@@ -75,8 +86,8 @@ struct MetricTotals {
 // known is there from the start with 0, so that rate() sees the first event.
 class Metrics {
  public:
-  // `model` is the served name; requests for other names count under "_unknown".
-  explicit Metrics(const std::string& model);
+  // Requests for other models than the served one count under "_unknown".
+  explicit Metrics(const ServerFacts& facts);
   void SetModel(const ModelFacts& facts);
 
   // A call ended. Once a call.
@@ -104,6 +115,7 @@ class Metrics {
   prometheus::Counter& AddCounter(const MetricSpec& spec, Labels labels);
   void AddRequestCounters();
   void AddStripeCounters();
+  void RecordJudgement(Judgement judgement);
   void RecordComputed(const CallRecord& record);
   void RecordEstimate(const PrefillResult& result);
   void RecordBlocks(const PrefillResult& result);
@@ -111,8 +123,11 @@ class Metrics {
   void RecordOverlap(const SendRecord& sent, Instant opened_at);
 
   const std::string model_;
+  const Objective objective_;
   prometheus::Registry registry_;
   prometheus::Family<prometheus::Counter>& requests_;
+  prometheus::Counter& valid_;
+  prometheus::Counter& within_objective_;
   prometheus::Family<prometheus::Counter>& transfer_failures_;
   prometheus::Family<prometheus::Counter>& fetches_;
   prometheus::Histogram& time_to_first_chunk_;

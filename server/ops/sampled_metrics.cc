@@ -152,6 +152,8 @@ std::vector<MetricFamily> SampleServer(const std::string& model, const MetricsSn
   for (MetricFamily family : {
            Number(metric::kReady, s.ready),
            Number(metric::kDraining, s.draining),
+           Number(metric::kStuck, s.stuck),
+           Number(metric::kDrainDeadline, s.drain_deadline),
            Number(metric::kLayersDone, s.layers_done),
            Number(metric::kConnections, s.connections),
            Number(metric::kConnectionsAccepted, s.connections_accepted),

@@ -1,8 +1,12 @@
 #include "server/program/flags.h"
 
+#include <openssl/sha.h>
+
+#include <array>
 #include <map>
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
 #include "kernels/base/status_macros.h"
@@ -12,6 +16,7 @@ namespace {
 
 // Ten years.
 constexpr absl::Duration kMaxDuration = absl::Hours(10 * 365 * 24);
+constexpr char kListeners[] = "Listeners";
 
 // Adds options to one app under a group of its help, each with its environment variable.
 class OptionGroup {
@@ -149,7 +154,7 @@ void AddAttentionOptions(CLI::App* app, AttentionDefaults* a) {
 }
 
 void AddListenerOptions(CLI::App* app, ServerOptions* o) {
-  OptionGroup group(app, "Listeners");
+  OptionGroup group(app, kListeners);
   group.Add("listen", &o->listen,
             "Address of the gRPC service, host:port; port 0 takes a free one");
   group.Add("admin-listen", &o->admin_listen,
@@ -210,6 +215,10 @@ void AddRequestOptions(CLI::App* app, ServerOptions* o) {
                     "Time from opening a call to its request message");
   group.AddDuration("write-stall-timeout", &o->write_stall_timeout,
                     "A client that takes no KV for this long is cut");
+  group.AddBytes("min-kv-rate", &o->min_kv_rate,
+                 "A client that takes less KV a second, over --write-stall-timeout in which there "
+                 "was some to take, is cut; 0: none is",
+                 CLI::NonNegativeNumber);
   group.AddDuration("default-lease", &o->default_lease,
                     "How long detached KV is kept while nobody asks for it, for requests that do "
                     "not say");
@@ -222,6 +231,10 @@ void AddOperationOptions(CLI::App* app, ServerOptions* o) {
                     "Time for accepted requests to finish after SIGTERM");
   group.AddDuration("stuck-after", &o->stuck_after,
                     "Not healthy when no layer finishes for this long with work at hand");
+  group.AddDuration("objective-base", &o->objective.base,
+                    "Time to first token that is promised, whatever the length");
+  group.AddDuration("objective-per-1k-tokens", &o->objective.per_1k_tokens,
+                    "The same for each 1024 tokens of the prompt, in addition");
   group.Add(
       "otlp-endpoint", &o->otlp_endpoint,
       "Collector that gets traces, OTLP over gRPC: host:port, or https://host:port for TLS with "
@@ -322,6 +335,20 @@ absl::Status ApplyConfigFile(CLI::App* app, const std::string& path) {
     }
   }
   return absl::OkStatus();
+}
+
+std::string HashOptions(const CLI::App& app) {
+  std::string all;
+  for (const CLI::Option* option : app.get_options()) {
+    if (!option->get_configurable() || option->get_group() == kListeners) continue;
+    absl::StrAppend(
+        &all, option->get_name(), "=",
+        option->count() > 0 ? CLI::detail::join(option->results(), ",") : option->get_default_str(),
+        "\n");
+  }
+  std::array<uint8_t, SHA256_DIGEST_LENGTH> digest;
+  SHA256(reinterpret_cast<const uint8_t*>(all.data()), all.size(), digest.data());
+  return absl::BytesToHexString({reinterpret_cast<const char*>(digest.data()), 6});
 }
 
 std::string EnvironmentName(const std::string& flag) {

@@ -20,6 +20,10 @@ void AddModelOptions(CLI::App* app, ServerOptions* options);
 // one `name = value` a line. INVALID_ARGUMENT names the file and what is wrong in it.
 absl::Status ApplyConfigFile(CLI::App* app, const std::string& path);
 
+// Twelve hex digits of the SHA-256 of all options of `app` as they were given, but for the
+// listeners', which differ from server to server.
+std::string HashOptions(const CLI::App& app);
+
 // The environment variable of a flag: "drain-timeout" -> "HEADSTART_DRAIN_TIMEOUT".
 std::string EnvironmentName(const std::string& flag);
 

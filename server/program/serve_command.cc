@@ -117,6 +117,7 @@ int Serve(CLI::App* command, ServeFlags* flags) {
     PrintConfig(*command);
     return kExitOk;
   }
+  flags->options.hash = HashOptions(*command);
   return RunServer(flags->options, [options = flags->options] { return LoadEngine(options); });
 }
 

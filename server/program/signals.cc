@@ -38,7 +38,7 @@ SignalWatcher::~SignalWatcher() {
 void SignalWatcher::Loop() {
   pollfd fds[] = {{signal_fd_, POLLIN, 0}, {stop_fd_, POLLIN, 0}};
   while (true) {
-    poll(fds, 2, -1);
+    if (poll(fds, 2, -1) < 0) continue;  // interrupted
     if (fds[1].revents != 0) return;
     signalfd_siginfo info;
     if (fds[0].revents != 0 && read(signal_fd_, &info, sizeof(info)) == sizeof(info)) {

@@ -40,9 +40,9 @@ void SetConnectionLimits(const ServerOptions& options, grpc::ServerBuilder* buil
                               ToGrpcMs(c.min_ping_interval));
   builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS, ToGrpcMs(c.max_idle));
   builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_MS, ToGrpcMs(c.max_age));
-  // A call that began before the connection grew old may finish like one before a drain.
+  // A call that began before the connection grew old may finish, however long it takes.
   builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS,
-                              ToGrpcMs(options.drain_timeout));
+                              ToGrpcMs(std::max(options.max_deadline, options.max_lease)));
   grpc::ResourceQuota quota("headstart");
   quota.Resize(static_cast<size_t>(c.receive_memory_bytes));
   builder->SetResourceQuota(quota);

@@ -159,8 +159,10 @@ void KvSender::OnWoken() {
 
 void KvSender::OnWriteDone(bool ok) {
   if (ok) NoteSent(in_flight_);
+  absl::Status pace;
   {
     MutexLock lock(&mutex_);
+    pace = CheckPace();
     in_flight_ = StreamMessage();
     writing_ = false;
     if (!ok) {  // nothing more will arrive; a completion may have been lost with it
@@ -169,7 +171,23 @@ void KvSender::OnWriteDone(bool ok) {
       ended_ = true;
     }
   }
+  if (!pace.ok()) End(std::move(pace));
   Pump();
+}
+
+absl::Status KvSender::CheckPace() {
+  offered_ += Instant::Now() - write_began_;
+  taken_bytes_ += in_flight_.kv_bytes;
+  if (offered_ < service_.options->write_stall_timeout) return absl::OkStatus();
+  const absl::Duration offered = std::exchange(offered_, absl::ZeroDuration());
+  const int64_t taken = std::exchange(taken_bytes_, 0);
+  const auto wanted =
+      static_cast<double>(service_.options->min_kv_rate) * absl::ToDoubleSeconds(offered);
+  if (static_cast<double>(taken) >= wanted) return absl::OkStatus();
+  return MakeError(
+      absl::StatusCode::kCancelled, ErrorReason::kClientStalled,
+      absl::StrCat("the client took ", taken, " bytes of KV in ", absl::FormatDuration(offered),
+                   "; the least is ", service_.options->min_kv_rate, " a second"));
 }
 
 void KvSender::NoteSent(const StreamMessage& message) {

@@ -83,6 +83,8 @@ class KvSender : public std::enable_shared_from_this<KvSender> {
   void OnWoken();
 
   void NoteSent(const StreamMessage& message);
+  // Of the write that has ended. Not OK when the client takes KV all the time, but hardly any.
+  absl::Status CheckPace() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // When the call is cut if the write in flight is not over.
   Instant WriteLimit() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Watch(Timer::Id KvSender::*timer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -105,6 +107,10 @@ class KvSender : public std::enable_shared_from_this<KvSender> {
   StreamMessage in_flight_;  // of whoever set writing_, until OnWriteDone
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;
   Instant write_began_ ABSL_GUARDED_BY(mutex_);
+  // Since the pace was last looked at: time in which something was there to take, and what was
+  // taken.
+  absl::Duration offered_ ABSL_GUARDED_BY(mutex_);
+  int64_t taken_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
   bool ended_ ABSL_GUARDED_BY(mutex_) = false;   // nothing more is asked for
   absl::Status status_ ABSL_GUARDED_BY(mutex_);  // once ended
   Instant ended_at_ ABSL_GUARDED_BY(mutex_);

@@ -50,7 +50,32 @@ def test_final_stages_install_only_what_the_program_links():
 
 def test_every_overlay_runs_an_image_that_the_dockerfile_makes():
     for overlay in OVERLAYS:
-        assert container_of(render(overlay))["image"].split(":")[1] in FINAL
+        tag = container_of(render(overlay))["image"].rpartition(":")[2]
+        assert re.sub(r"^[\d.]+-", "", tag) in FINAL
+
+
+def test_images_say_their_version():
+    """There is no git in the build's folder."""
+    for name in ("cpu-build", "cuda-build"):
+        lines = instructions(name)
+        (build,) = [line for line in lines if "build.sh" in line and line.startswith("RUN")]
+        assert "-DHEADSTART_VERSION=$VERSION" in build and lines.index("ARG VERSION=") < lines.index(build)
+    for name in FINAL:
+        (label,) = [line for line in instructions(name) if line.startswith("LABEL")]
+        assert "org.opencontainers.image.version=$VERSION" in label and "org.opencontainers.image.revision=$REVISION" in label
+
+
+def test_version_of_a_build(tmp_path):
+    """Without git that of the project, or what is given; nothing that no label can hold."""
+    def version(given):
+        made = tmp_path / "version.cc"
+        done = subprocess.run(["cmake", f"-DOUT={made}", f"-DSOURCE_DIR={tmp_path}", "-DPROJECT_VERSION=1.2.3", f"-DGIVEN={given}",
+                               "-P", REPO / "server/version.cmake"], capture_output=True, text=True, check=False)
+        return done.returncode, made.read_text() if made.exists() else ""
+
+    assert 'kVersion = "1.2.3"' in version("")[1]
+    assert 'kVersion = "1.3.0-5-gabc"' in version("1.3.0-5-gabc")[1]
+    assert version("1.3 beta")[0] != 0
 
 
 def test_copied_files_exist():

@@ -1,6 +1,7 @@
 // How calls end that do not simply run through, and that every end gives everything back (checked
 // after each test).
 #include <grpcpp/generic/generic_stub.h>
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <memory>
@@ -316,6 +317,44 @@ TEST_F(CallEndTest, ClientThatDoesNotTakeTheTailIsCutWithoutHoldingCompute) {
   EXPECT_TRUE(BecomesIdle(absl::Seconds(10))) << WhatIsLeft();
   EXPECT_EQ(stalled.Finish().status.error_code(), grpc::StatusCode::CANCELLED);
   EXPECT_EQ(Requests("CANCELLED", "CLIENT_STALLED"), 1);
+}
+
+TEST_F(CallEndTest, ClientThatTakesHardlyAnythingIsCut) {
+  LimitHostMemory();
+  options_.write_stall_timeout = absl::Milliseconds(500);
+  options_.min_kv_rate = int64_t{1} << 40;  // nobody is that fast
+  Start();
+  grpc::ClientContext context;
+  const auto slow = NewSlowStub();
+  const auto reader = slow->Prefill(&context, Prompt(4096));
+  v1::PrefillResponse response;
+  // Takes something all the time: no single write stalls.
+  while (reader->Read(&response)) absl::SleepFor(absl::Milliseconds(10));
+  const grpc::Status cut = reader->Finish();
+  EXPECT_EQ(cut.error_code(), grpc::StatusCode::CANCELLED);
+  EXPECT_THAT(cut.error_message(), ::testing::HasSubstr("the least is"));
+}
+
+// Compute waits for room, and the only client takes nothing: no layer finishes, and nothing is
+// wrong.
+TEST_F(CallEndTest, SlowReaderDoesNotMakeTheServerSick) {
+  LimitHostMemory();
+  options_.stuck_after = absl::Milliseconds(1);
+  Start();
+  const auto slow = NewSlowStub();
+  OpenCall call(slow.get(), Prompt(4096));
+  EXPECT_TRUE(call.Read().has_accepted());
+  EXPECT_TRUE(ComesTrue(
+      [this] { return Metric("headstart_kv_room_waiting_requests{model=\"tiny\"}") == 1; }));
+  const double layers = Metric("headstart_layers_done_total");
+  // The server looks at its compute once a second.
+  for (const Instant until = Instant::Now() + absl::Seconds(2.5); Instant::Now() < until;) {
+    EXPECT_EQ(Health(), "SERVING");
+    EXPECT_EQ(Get("/healthz").status, 200);
+    EXPECT_EQ(Metric("headstart_stuck"), 0);
+  }
+  EXPECT_EQ(Metric("headstart_layers_done_total"), layers);
+  EXPECT_TRUE(call.Finish().status.ok());
 }
 
 TEST_F(CallEndTest, DeadlineEndsATailThatIsNotTaken) {

@@ -77,13 +77,31 @@ TEST_F(ConnectionTest, IdleConnectionsAreClosed) {
 
 TEST_F(ConnectionTest, OldConnectionsAreClosedEvenWithCallsThatNeverSendTheirMessage) {
   options_.connections.max_age = absl::Milliseconds(300);
-  options_.drain_timeout = absl::Milliseconds(300);
+  options_.default_deadline = options_.max_deadline = absl::Milliseconds(300);
+  options_.default_lease = options_.max_lease = absl::Milliseconds(300);
   Start();
   RawHttp2 old(server_->port());
   old.Handshake();
   old.OpenCall(1, kModelInfo);
   EXPECT_TRUE(old.IsClosedWithin(kPatience));
   ExpectServes();
+}
+
+TEST_F(ConnectionTest, CallsOutliveTheAgeOfTheirConnection) {
+  options_.connections.max_age = absl::Milliseconds(100);
+  options_.drain_timeout = absl::Milliseconds(1);  // is not for calls of a server that goes on
+  Start();
+  Barrier barrier(backend_, "Attention", 0);
+  const auto channel = NewChannel();
+  const auto stub = v1::PrefillService::NewStub(channel);
+  OpenCall call(stub.get(), Prompt(10));
+  barrier.WaitUntilReached();
+  // The server has told the client to go elsewhere.
+  EXPECT_TRUE(ComesTrue([&] { return channel->GetState(false) != GRPC_CHANNEL_READY; }));
+  EXPECT_EQ(Health(),
+            "SERVING");  // as much time as the old connection needs to be closed, if it is
+  barrier.Open();
+  EXPECT_TRUE(call.Finish().status.ok());
 }
 
 TEST_F(ConnectionTest, PeerThatAnswersNoPingIsClosedAndItsRequestEnds) {

@@ -137,6 +137,24 @@ TEST_F(OptionsTest, ConfigFileErrorsNameFileAndOption) {
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("drain-timeout")));
 }
 
+TEST_F(OptionsTest, ServersWithTheSameOptionsHaveTheSameHash) {
+  const auto hash_of = [](const std::vector<std::string>& arguments) {
+    CLI::App app{"test", "serve"};
+    ServerOptions options;
+    AddServerOptions(&app, &options);
+    app.parse(std::vector<std::string>(arguments.rbegin(), arguments.rend()));
+    return HashOptions(app);
+  };
+  const std::string hash = hash_of({"--model", "/models/x"});
+  EXPECT_EQ(hash.size(), 12u);
+  EXPECT_EQ(
+      hash_of({"--model", "/models/x", "--listen", "0.0.0.0:1", "--fetch-address", "10.0.0.1:1"}),
+      hash);
+  EXPECT_NE(hash_of({"--model", "/models/y"}), hash);
+  EXPECT_NE(hash_of({"--model", "/models/x", "--gamma", "0.5"}), hash);
+  EXPECT_NE(hash_of({"--model", "/models/x", "--drain-timeout", "9s"}), hash);
+}
+
 TEST_F(OptionsTest, PrintedConfigIsAConfigFile) {
   ASSERT_TRUE(Parse({"--model", "/models/x", "--stride", "8", "--drain-timeout", "9s",
                      "--tls-allowed-san", "a,b", "--dense-layers", "1,2"}));

@@ -182,6 +182,7 @@ TEST_F(ServerLifeTest, ComputeThatStandsStillIsNotHealthy) {
   EXPECT_EQ(Get("/readyz").status, 503);
   EXPECT_EQ(Get("/healthz").status, 503);
   EXPECT_EQ(Metric("headstart_ready"), 0);
+  EXPECT_EQ(Metric("headstart_stuck"), 1);
   barrier.Open();
   EXPECT_TRUE(call.Finish().status.ok());
   EXPECT_TRUE(ComesTrue([this] { return Health() == "SERVING"; }));
