@@ -11,6 +11,7 @@
 
 namespace headstart {
 
+// The files are looked at again every few seconds; new connections get what they say then.
 struct TlsOptions {
   bool enabled = false;
   std::string ca_file;    // PEM; empty: the system's authorities

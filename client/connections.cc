@@ -1,7 +1,7 @@
 #include "client/connections.h"
 
 #include <fstream>
-#include <iterator>
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -9,6 +9,8 @@
 #include "absl/strings/str_cat.h"
 #include "client/fetch_address.h"
 #include "grpcpp/create_channel.h"
+#include "grpcpp/security/tls_certificate_provider.h"
+#include "grpcpp/security/tls_credentials_options.h"
 #include "grpcpp/support/channel_arguments.h"
 #include "kernels/base/status_macros.h"
 #include "proto/grpc_time.h"
@@ -23,15 +25,14 @@ constexpr char kServiceConfig[] = R"({
   "healthCheckConfig": {"serviceName": "headstart.v1.PrefillService"}
 })";
 
-absl::StatusOr<std::string> ReadPem(const std::string& path) {
-  if (path.empty()) return std::string();
-  std::ifstream file(path, std::ios::binary);
-  std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-  if (!file.good() && !file.eof())
-    return absl::InvalidArgumentError(absl::StrCat("can't read ", path));
-  if (text.empty())
-    return absl::InvalidArgumentError(absl::StrCat(path, " is empty or can't be read"));
-  return text;
+// How often certificate files are looked at for changes, which new connections get.
+constexpr unsigned int kReloadSeconds = 5;
+
+absl::Status CheckPem(const std::string& path) {
+  if (path.empty() || std::ifstream(path).peek() != std::ifstream::traits_type::eof()) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(absl::StrCat(path, " is empty or can't be read"));
 }
 
 absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeCredentials(const TlsOptions& tls) {
@@ -40,13 +41,18 @@ absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeCredentials(const 
     return absl::InvalidArgumentError(
         "a client certificate needs its key, and a key its certificate");
   }
-  grpc::SslCredentialsOptions pem;
-  for (auto [path, text] : {std::pair(&tls.ca_file, &pem.pem_root_certs),
-                            std::pair(&tls.cert_file, &pem.pem_cert_chain),
-                            std::pair(&tls.key_file, &pem.pem_private_key)}) {
-    HEADSTART_ASSIGN_OR_RETURN(*text, ReadPem(*path));
+  for (const std::string* path : {&tls.ca_file, &tls.cert_file, &tls.key_file}) {
+    HEADSTART_RETURN_IF_ERROR(CheckPem(*path));
   }
-  return grpc::SslCredentials(pem);
+  grpc::experimental::TlsChannelCredentialsOptions options;
+  if (!tls.ca_file.empty() || !tls.cert_file.empty()) {
+    options.set_certificate_provider(
+        std::make_shared<grpc::experimental::FileWatcherCertificateProvider>(
+            tls.key_file, tls.cert_file, tls.ca_file, kReloadSeconds));
+  }
+  if (!tls.ca_file.empty()) options.watch_root_certs();
+  if (!tls.cert_file.empty()) options.watch_identity_key_cert_pairs();
+  return grpc::experimental::TlsCredentials(options);
 }
 
 // What all channels have in common.

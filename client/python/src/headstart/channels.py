@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
+import ssl
 import threading
 
 import grpc
@@ -28,18 +30,26 @@ _HOST_PORT = re.compile(r"(?:\[([^\]/,%]+)\]|([^\[\]:/,%]+)):(\d{1,5})")
 
 
 class Channels:
-    """Thread-safe. Channels connect when they are used for the first time; every one is a connection of its own."""
+    """Thread-safe. Channels connect when they are used for the first time; every one is a connection of its own. When certificate
+    files have changed, what is asked for next gets new channels; calls on the old ones go on."""
 
     def __init__(self, options: ConnectionOptions) -> None:
         self._options = options
-        self._credentials = _credentials(options.tls)
+        self._files = _CertificateFiles(options.tls)
         self._lock = threading.Lock()
         self._fetch: dict[tuple[str, int], grpc.Channel] = {}
-        self.main = self._open(options.target)
+        self._main = self._open(options.target)
+
+    @property
+    def main(self) -> grpc.Channel:
+        with self._lock:
+            self._renew()
+            return self._main
 
     def for_fetch(self, target: str, index: int) -> grpc.Channel:
         """Connection `index` of those for fetching from one server."""
         with self._lock:
+            self._renew()
             if (target, index) not in self._fetch:
                 self._fetch[target, index] = self._open(target)
             return self._fetch[target, index]
@@ -72,8 +82,14 @@ class Channels:
 
     def close(self) -> None:
         with self._lock:
-            for channel in (self.main, *self._fetch.values()):
+            for channel in (self._main, *self._fetch.values()):
                 channel.close()
+
+    def _renew(self) -> None:
+        if self._files.reload():
+            # Not closed: that would cancel calls. A channel goes with its last call.
+            self._fetch = {}
+            self._main = self._open(self._options.target)
 
     def _name_of(self, target: str) -> str:
         """What a certificate must carry where a server names an IP address, which certificates of pods can't know: the host of
@@ -82,11 +98,11 @@ class Channels:
         return own[0] if own and not any(map(_is_name, _hosts(target))) else ""
 
     def _open(self, target: str) -> grpc.Channel:
-        if self._credentials is None:
+        if self._files.credentials is None:
             return grpc.insecure_channel(target, _CHANNEL_OPTIONS)
         name = self._options.tls.server_name or self._name_of(target)
         options = [*_CHANNEL_OPTIONS, *([("grpc.ssl_target_name_override", name)] if name else [])]
-        return grpc.secure_channel(target, self._credentials, options)
+        return grpc.secure_channel(target, self._files.credentials, options)
 
 
 def _hosts(target: str) -> set[str]:
@@ -104,10 +120,41 @@ def _is_name(host: str) -> bool:
     return ":" not in host and not re.fullmatch(r"[0-9.]*", host)
 
 
-def _credentials(tls: Tls | None) -> grpc.ChannelCredentials | None:
-    if tls is None:
-        return None
-    if bool(tls.cert_file) != bool(tls.key_file):
-        raise ValueError("tls: cert_file and key_file belong together")
-    ca, key, cert = (pathlib.Path(name).read_bytes() if name else None for name in (tls.ca_file, tls.key_file, tls.cert_file))
-    return grpc.ssl_channel_credentials(ca, key, cert)
+class _CertificateFiles:
+    """The client's certificate files, and credentials of the last set that was whole. None: no TLS."""
+
+    def __init__(self, tls: Tls | None) -> None:
+        self.credentials: grpc.ChannelCredentials | None = None
+        self._tls = tls or Tls()
+        self._names = [name for name in (self._tls.ca_file, self._tls.key_file, self._tls.cert_file) if name]
+        if bool(self._tls.cert_file) != bool(self._tls.key_file):
+            raise ValueError("tls: cert_file and key_file belong together")
+        self._stamps = self._look() if tls else []
+        if tls:
+            self.credentials = self._read()
+
+    def reload(self) -> bool:
+        """Whether the files have changed and are a whole set: a certificate that came before its key is looked at again."""
+        if self.credentials is None:
+            return False
+        try:
+            stamps = self._look()
+            if stamps == self._stamps:
+                return False
+            credentials = self._read()
+            if self._tls.cert_file:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(self._tls.cert_file, self._tls.key_file)
+            if stamps != self._look():
+                return False
+        except (OSError, ssl.SSLError):
+            return False
+        self.credentials, self._stamps = credentials, stamps
+        return True
+
+    def _look(self) -> list[tuple[int, int, int]]:
+        return [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in map(os.stat, self._names)]
+
+    def _read(self) -> grpc.ChannelCredentials:
+        tls = self._tls
+        ca, key, cert = (pathlib.Path(name).read_bytes() if name else None for name in (tls.ca_file, tls.key_file, tls.cert_file))
+        return grpc.ssl_channel_credentials(ca, key, cert)
