@@ -32,8 +32,8 @@ def api(prometheus, path, **parameters):
 
 
 def fill_in(expr, window_s, range_s):
-    for name, value in (("$__rate_interval", f"{window_s}s"), ("$__range", f"{range_s}s"), ("$job", ".+"),
-                        ("$instance", ".+")):
+    for name, value in (("$__rate_interval", f"{window_s}s"), ("$__range", f"{range_s}s"), ("$cluster", ".*"),
+                        ("$namespace", ".*"), ("$job", ".*"), ("$instance", ".*")):
         expr = expr.replace(name, value)
     return expr
 

@@ -7,11 +7,16 @@ import pathlib
 HERE = pathlib.Path(__file__).resolve().parent
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 WIDTH = 24  # columns of Grafana's grid
-SELECT = '{job=~"$job",instance=~"$instance"}'
+POOLS = ['cluster=~"$cluster"', 'namespace=~"$namespace"', 'job=~"$job"']
+RUNBOOK = "https://git.example.com/headstart/blob/main/deploy/RUNBOOK.md"  # as in ../prometheus/make_rules.py
 
 
 def select(*matchers):
-    return "{" + ",".join(['job=~"$job"', 'instance=~"$instance"', *matchers]) + "}"
+    return "{" + ",".join([*POOLS, 'instance=~"$instance"', *matchers]) + "}"
+
+
+SELECT = select()
+SELECT_POOLS = "{" + ",".join(POOLS) + "}"
 
 
 def rate(metric, *matchers):
@@ -55,6 +60,9 @@ def panel(title, description, unit, queries, kind="timeseries", width=8, **optio
     for key in ("min", "max"):
         if key in options:
             defaults[key] = options[key]
+    if "good_from" in options:
+        defaults["thresholds"] = {"mode": "absolute", "steps": [{"color": "red", "value": None},
+                                                                {"color": "green", "value": options["good_from"]}]}
     made = {
         "title": title, "description": description, "type": kind, "datasource": DATASOURCE, "targets": targets,
         "fieldConfig": {"defaults": defaults, "overrides": []},
@@ -80,19 +88,19 @@ def service_level():
     parts["room and shipping"] = f"clamp_min({' - '.join([mean(ttft), *parts.values()])}, 0)"
     decomposition = [(expr, part) for part, expr in parts.items()]
     return [
-        panel("Ready", "Servers that take requests now.", "none",
-              [(f"sum(headstart_ready{SELECT})", "ready")], "stat", 3, height=4),
+        panel("Ready", "Servers that take requests now, and all that are scraped: also those that load, or never get ready.", "none",
+              [(f"sum(headstart_ready{SELECT})", "ready"), (f"count(headstart_ready{SELECT})", "servers")], "stat", 3, height=4),
         panel("Draining", "Servers that finish what they accepted and take nothing new.", "none",
               [(f"sum(headstart_draining{SELECT})", "draining")], "stat", 3, height=4),
-        panel("First tokens within 5 s", "The service level that the burn-rate alerts watch; objective 99 %.",
-              "percentunit",
-              [(share(total(ttft + "_bucket", "", 'le=~"5|5.0"'), total(ttft + "_count")), "within 5 s")],
-              "stat", 6, height=4),
+        panel("Within the objective", "The service level that the burn-rate alerts watch, 99 %: valid requests whose first token came "
+              "within the time that the servers promise for their length. Refused and given up ones count as missed.", "percentunit",
+              [(share(total("headstart_requests_within_objective_total"), total("headstart_requests_valid_total")), "within")],
+              "stat", 6, height=4, good_from=0.99),
         panel("Prompt tokens", "Tokens of prompts that ended well, computed or found in the prefix cache, per second.",
               "short", [(total("headstart_prompt_tokens_total"), "tokens/s")], "stat", 6, height=4),
         panel("Work that waits or runs", "Seconds of compute that the servers predict for all they have accepted, mean of a "
               "minute. The autoscalers add servers when this exceeds 2 s for each.", "s",
-              [('sum(job:headstart_drain_seconds:sum{job=~"$job"})', "to compute")], "stat", 6, height=4),
+              [(f"sum(pool:headstart_drain_seconds:sum{SELECT_POOLS})", "to compute")], "stat", 6, height=4),
         panel("Time to first token", "From accepted to the first token on the wire.", "s", quantiles(ttft), min=0),
         panel("Where the time goes", "Mean time to first token, split into its parts: the queue (of all whose compute began), "
               "compute, giving way to others, and what is none of these: waits for room and, of KV that is not fetched, "
@@ -102,12 +110,12 @@ def service_level():
               [(total("headstart_requests_total", "code"), "{{code}}")], min=0),
         panel("Errors and refusals", "Share of requests that end with an error of the server, or are refused because "
               "queue or host memory is full or the deadline out of reach.", "percentunit",
-              [('job:headstart_server_errors:ratio_rate5m{job=~"$job"}', "errors"),
-               ('job:headstart_refused:ratio_rate5m{job=~"$job"}', "refused")], min=0, max=1),
-        panel("Error budget burn", "How fast the budget of slow first tokens is spent; 1 uses it up in a month, 14.4 in "
+              [(f"pool:headstart_server_errors:ratio_rate5m{SELECT_POOLS}", "{{namespace}} {{model}} errors"),
+               (f"pool:headstart_refused:ratio_rate5m{SELECT_POOLS}", "{{namespace}} {{model}} refused")], min=0, max=1),
+        panel("Error budget burn", "How fast the budget of missed requests is spent; 1 uses it up in a month, 14.4 in "
               "two days.", "none",
-              [(f'job:headstart_ttft_slow:ratio_rate{window}{{job=~"$job"}} / 0.01', window)
-               for window in ("5m", "30m", "1h", "6h")], min=0),
+              [(f"pool:headstart_objective_missed:ratio_rate{window}{SELECT_POOLS} / 0.01", f"{{{{namespace}}}} {{{{model}}}} {window}")
+               for window in ("5m", "1h", "6h", "3d")], min=0),
         panel("Saturation", "Accepted and not ended, as a share of what the server takes; at 1 it refuses.",
               "percentunit",
               [(share(f"sum(headstart_inflight_tokens{SELECT})", f"sum(headstart_queue_limit_tokens{SELECT})"), "tokens"),
@@ -234,8 +242,9 @@ def resources():
               [(f"headstart_kv_cache_utilization_ratio{SELECT}", "{{instance}}")], min=0, max=1),
         panel("Layers per second", "Progress: zero with work at hand means that a server is stuck.", "ops",
               [(total("headstart_layers_done_total", "instance"), "{{instance}}")], min=0),
-        panel("Versions", "Servers by version and backend.", "none",
-              [(f"count by (version, backend) (headstart_build_info{SELECT})", "{{version}} {{backend}}")], "stat"),
+        panel("Versions", "Servers by version, backend and options, those that load included. More than one outside of a roll-out is "
+              "a mistake.", "none", [(f"count by (version, backend, options_hash) (headstart_build_info{SELECT})",
+                                      "{{version}} {{backend}} {{options_hash}}")], "stat"),
     ]
 
 
@@ -259,10 +268,19 @@ def place(rows):
     return panels
 
 
-def variable(name, label, query):
+def variable(name, label, matchers):
+    """Choices of a label. From a series that servers show from their start. All includes servers without that label."""
+    query = f"label_values(headstart_ready{{{','.join(matchers)}}}, {name})"
     return {"name": name, "label": label, "type": "query", "datasource": DATASOURCE,
             "query": {"query": query, "refId": name}, "definition": query, "refresh": 2, "sort": 1,
-            "includeAll": True, "multi": True, "current": {"text": ["All"], "value": ["$__all"]}}
+            "includeAll": True, "allValue": ".*", "multi": True, "current": {"text": ["All"], "value": ["$__all"]}}
+
+
+def roll_outs():
+    """A mark where a version or options appear that were not there five minutes before."""
+    servers = f"count by (version, options_hash) (headstart_build_info{SELECT_POOLS}"
+    return {"name": "Roll-outs", "enable": True, "iconColor": "purple", "datasource": DATASOURCE, "titleFormat": "{{version}}",
+            "textFormat": "options {{options_hash}}", "expr": f"{servers}) unless {servers} offset 5m)", "step": "60s"}
 
 
 def dashboard():
@@ -270,12 +288,15 @@ def dashboard():
         "uid": "headstart", "title": "Headstart", "tags": ["headstart", "prefill"], "schemaVersion": 39, "version": 1,
         "description": "Prefill servers: service level, scheduling, sparsity of attention, KV shipping, resources.",
         "editable": True, "graphTooltip": 1, "refresh": "30s", "timezone": "",
-        "time": {"from": "now-1h", "to": "now"}, "annotations": {"list": []}, "links": [],
+        "time": {"from": "now-1h", "to": "now"}, "annotations": {"list": [roll_outs()]},
+        "links": [{"title": "Runbook", "type": "link", "url": RUNBOOK, "targetBlank": True, "icon": "doc"}],
         "templating": {"list": [
             {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus",
              "current": {}, "refresh": 1},
-            variable("job", "Job", "label_values(headstart_build_info, job)"),
-            variable("instance", "Server", 'label_values(headstart_build_info{job=~"$job"}, instance)'),
+            variable("cluster", "Cluster", []),
+            variable("namespace", "Namespace", POOLS[:1]),
+            variable("job", "Job", POOLS[:2]),
+            variable("instance", "Server", POOLS),
         ]},
         "panels": place([("Service level", service_level()), ("Many requests at once", scheduling()),
                          ("Sparsity", sparsity()), ("KV shipping", kv_shipping()), ("Resources", resources())]),

@@ -27,7 +27,7 @@ def main():
         folder = pathlib.Path(name)
         model = model_of(options, folder)
         with Server(model, folder, "server", *LIMITS, *options.flags) as server, \
-                Prometheus([server.admin], folder) as prometheus:
+                Prometheus({"headstart": server.admin}, folder) as prometheus:
             load = load_of(options, server.target, model)
             time.sleep(options.seconds)
             title = f"Headstart, {model.name}, mixed load with errors, cancels and slow readers, {options.seconds} s"

@@ -124,7 +124,7 @@ def parse_metrics(text):
 
 
 class Prometheus(Process):
-    """Scrapes the targets every second under job="headstart" and evaluates the shipped rules as often."""
+    """Scrapes one server a namespace every second under job="headstart", and evaluates the shipped rules as often."""
 
     def __init__(self, targets, folder):
         binary = shutil.which("prometheus")
@@ -136,7 +136,8 @@ class Prometheus(Process):
         (folder / "prometheus.yaml").write_text(yaml.safe_dump({
             "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
             "rule_files": ["rules.yaml"],
-            "scrape_configs": [{"job_name": "headstart", "static_configs": [{"targets": targets}]}],
+            "scrape_configs": [{"job_name": "headstart", "static_configs": [
+                {"targets": [target], "labels": {"namespace": namespace}} for namespace, target in targets.items()]}],
         }))
         self.url = f"http://127.0.0.1:{free_port()}"
         super().__init__([binary, f"--config.file={folder}/prometheus.yaml", f"--storage.tsdb.path={folder}/data",

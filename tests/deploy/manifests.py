@@ -27,8 +27,8 @@ def kubectl():
 
 @functools.cache
 def render(name):
-    """The objects of an overlay, or of the base, as `kubectl apply -k` would send them."""
-    folder = KUBERNETES / ("base" if name == "base" else f"overlays/{name}")
+    """The objects of an overlay, of the base, or of a folder, as `kubectl apply -k` would send them."""
+    folder = name if isinstance(name, pathlib.Path) else KUBERNETES / ("base" if name == "base" else f"overlays/{name}")
     done = subprocess.run([kubectl(), "kustomize", folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr
@@ -82,6 +82,11 @@ def server_config_text(objects):
 def server_config(objects):
     """The same, parsed."""
     return tomllib.loads(server_config_text(objects))
+
+
+def seconds(text):
+    """Of a duration like 90s, 2m, 1h or 7d."""
+    return int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[text[-1]]
 
 
 def _closed(schema):

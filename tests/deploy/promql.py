@@ -10,6 +10,7 @@ import yaml
 from manifests import REPO, only, render
 
 DASHBOARD = REPO / "deploy/grafana/headstart.json"
+ADAPTER_VALUES = REPO / "deploy/kubernetes/components/hpa/prometheus-adapter-values.yaml"
 RULES = REPO / "deploy/prometheus/rules.yaml"
 
 
@@ -35,7 +36,7 @@ def dashboard_panels():
 def substitute(expr, rate_interval="30s", range_="5m"):
     """What Grafana sends with every variable set to all."""
     for variable, value in (("$__rate_interval", rate_interval), ("$__range", range_),
-                            ("$job", ".+"), ("$instance", ".+")):
+                            ("$cluster", ".*"), ("$namespace", ".*"), ("$job", ".*"), ("$instance", ".*")):
         expr = expr.replace(variable, value)
     assert "$" not in expr, expr
     return expr
@@ -47,18 +48,34 @@ def dashboard_expressions():
             for panel in dashboard_panels() for target in panel["targets"]]
 
 
-def rules():
-    groups = yaml.safe_load(RULES.read_text())["groups"]
-    return [rule for group in groups for rule in group["rules"]]
+def rules(*groups):
+    """Of these groups; of all without."""
+    return [rule for group in yaml.safe_load(RULES.read_text())["groups"] if not groups or group["name"] in groups
+            for rule in group["rules"]]
 
 
 def alerts():
     return [rule for rule in rules() if "alert" in rule]
 
 
-def autoscaler_query():
+def autoscaler_query(grouping=""):
+    """The query of KEDA's trigger; with a grouping of its sum."""
     (trigger,) = only(render("autoscaling"), "ScaledObject")["spec"]["triggers"]
-    return trigger["metadata"]["query"]
+    return trigger["metadata"]["query"].replace("sum(", f"sum {grouping}(", 1)
+
+
+def adapter_query():
+    """What prometheus-adapter sends for the HPA's metric: it puts the namespace of the HPA beside its labels."""
+    hpa = only(render("autoscaling-hpa"), "HorizontalPodAutoscaler")
+    metric = hpa["spec"]["metrics"][0]["external"]["metric"]
+    labels = {"namespace": hpa["metadata"]["namespace"], **metric["selector"]["matchLabels"]}
+    (rule,) = [rule for rule in yaml.safe_load(ADAPTER_VALUES.read_text())["rules"]["external"]
+               if rule["name"]["as"] == metric["name"]]
+    query = rule["metricsQuery"]
+    for name, value in (("Series", rule["seriesQuery"]), ("GroupBy", "namespace"),
+                        ("LabelMatchers", ",".join(f'{key}="{value}"' for key, value in labels.items()))):
+        query = query.replace(f"<<.{name}>>", value)
+    return query
 
 
 def metric_names(expr):

@@ -39,7 +39,8 @@ def test_server_refuses_an_unknown_key(tmp_path):
 @pytest.mark.parametrize("text", ["RUNBOOK.md", "README.md"])
 def test_options_in_texts_exist(text):
     known = set(re.findall(r"^  --([a-z-]+)", serve("--help").stdout, flags=re.MULTILINE))
-    other = {"autoscaling-hpa", "cpu-demo", "headstart-model", "headstart-tls", "nvidia-operator", "port-forward"}
+    other = {"autoscaling-hpa", "cpu-demo", "headstart-model", "headstart-tls", "nvidia-operator", "port-forward", "cert-manager", "model-claim",
+             "model-image", "nvidia-smi", "headstart-headless"}
     named = set(re.findall(r"`([a-z]+(?:-[a-z]+)+)`", (REPO / "deploy" / text).read_text()))
     assert "drain-timeout" in named
     assert named - other <= known

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from live import headstart
-from manifests import REPO, container_of, render, server_config
+from manifests import REPO, container_of, render, seconds, server_config
 
 GIB = 1 << 30
 # The model that each overlay names: what its config.json says.
@@ -90,7 +90,7 @@ def test_memory_holds_what_is_planned(planned):
         assert 1.25 * in_pod < limit < 3 * in_pod
 
 
-# Piece, GPU memory without scratch, window, the pod's memory.
+# Piece, GPU memory, window, the pod's memory.
 SIZE = re.compile(r"^\| `piece-tokens = (\d+)` \| ([\d.]+) GiB \| (\d+) GiB \| (\d+)Gi \|$", flags=re.MULTILINE)
 
 
@@ -125,6 +125,24 @@ def test_the_default_pool_is_what_the_readme_says(tmp_path):
     plan = json.loads(done.stdout)
     assert plan["batch_tokens"] == 2048
     assert plan["kv_pool_tokens"] == plan["max_prompt_tokens"] + 4 * plan["batch_tokens"]
+
+
+# Overlay, tokens a second, limit, seconds to compute, drain timeout.
+DRAIN = re.compile(r"^\| `([\w-]+)` \| (\d+) \([^|]*\) \| (\d+) \| (\d+) s \| (\d+) s \|$", flags=re.MULTILINE)
+DRAINS = DRAIN.findall((REPO / "deploy/README.md").read_text())
+
+
+@pytest.mark.parametrize("overlay, rate, limit, compute, drain", DRAINS)
+def test_what_is_accepted_can_be_computed_while_the_server_drains(overlay, rate, limit, compute, drain):
+    config = server_config(render(overlay))
+    assert (config["max-queue-tokens"], seconds(config["drain-timeout"])) == (int(limit), int(drain))
+    assert round(int(limit) / int(rate)) == int(compute)
+    # A fifth to spare: predictions are off by that much.
+    assert int(limit) / int(rate) < 0.8 * int(drain)
+
+
+def test_every_overlay_says_what_it_can_compute_in_a_drain():
+    assert sorted(row[0] for row in DRAINS) == sorted(MODELS)
 
 
 def test_the_readme_has_sizes():
