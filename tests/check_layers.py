@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fails when a source file includes what its layer must not know, or looks at the wall clock. usage: check_layers.py REPO_ROOT
 
-The first table below is the one in README.md. The most specific entry for a file decides.
+The first table below is the one in .github/CONTRIBUTING.md. The most specific entry for a file decides.
 """
 import pathlib
 import re

@@ -1,5 +1,5 @@
 // Every metric that /metrics shows: the one place where names, types, texts and labels are written.
-// README.md repeats the table; a test compares it with this one and with a live server.
+// REFERENCE.md repeats the table; a test compares it with this one and with a live server.
 #pragma once
 
 #include <array>

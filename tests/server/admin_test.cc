@@ -126,7 +126,7 @@ TEST(MetricTableTest, IsTheTableOfTheReadme) {
     expected.push_back(absl::StrCat("| `", spec.name, "` | ", TypeName(spec.type), " | ",
                                     absl::StrJoin(labels, ", "), " | ", spec.help, " |"));
   }
-  std::ifstream readme(HEADSTART_SOURCE_DIR "/README.md");
+  std::ifstream readme(HEADSTART_SOURCE_DIR "/server/REFERENCE.md");
   for (std::string line; std::getline(readme, line);) {
     if (absl::StartsWith(line, "| `headstart_") || absl::StartsWith(line, "| `process_")) {
       written.push_back(line);

@@ -68,7 +68,7 @@ TEST_F(OptionsTest, FlagsAreTheTableOfTheReadme) {
     expected.push_back("| `" + option->get_name() + "` | " + value + " | " +
                        option->get_description() + " |");
   }
-  std::ifstream readme(HEADSTART_SOURCE_DIR "/README.md");
+  std::ifstream readme(HEADSTART_SOURCE_DIR "/server/REFERENCE.md");
   for (std::string line; std::getline(readme, line);) {
     if (line.rfind("| `--", 0) == 0) written.push_back(line);
   }

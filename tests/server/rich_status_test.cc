@@ -91,10 +91,10 @@ TEST(ErrorReasonTest, IsTheEnumOfTheWireFormat) {
   }
 }
 
-// The table of README.md: | code | reason, reason | when |.
+// The table of server/REFERENCE.md: | code | reason, reason | when |.
 TEST(RichStatusTest, ReadmeHasEveryReasonAndKnownCodes) {
   std::set<std::string> codes, reasons, expected_reasons;
-  std::ifstream readme(HEADSTART_SOURCE_DIR "/README.md");
+  std::ifstream readme(HEADSTART_SOURCE_DIR "/server/REFERENCE.md");
   bool in_section = false;
   for (std::string line; std::getline(readme, line);) {
     if (absl::StartsWith(line, "## ")) in_section = line == "## Status codes";
