@@ -99,8 +99,7 @@ class Client:
     def works(self):
         try:
             np.testing.assert_array_equal(self.client.prefill(TOKENS).kv, make_kv())
-        except HeadstartError as error:
-            assert error.code == grpc.StatusCode.UNAVAILABLE
+        except HeadstartError:  # a call may also meet the end of the server before
             return False
         return True
 
@@ -148,7 +147,7 @@ def test_a_renewed_certificate_and_a_new_authority_reach_a_client_that_lives_on(
     port = free_port()
     client = Client(make_client, port, tmp_path, [old], old)
     with serving(port, [old], old):
-        assert client.works()
+        assert comes_true(client.works)
     # 1: all trust both
     client.write([old, new], old)
     with serving(port, [old, new], old):
