@@ -61,6 +61,7 @@ WALL_CLOCK = re.compile(
 # Who may, as people or other programs are told of it.
 KNOWS_WALL_CLOCK = {
     "kernels/base/instant.h": "names it, to say what it is not",
+    "server/server.cc": "the end of a drain as a metric is Unix time",
     "server/net/tls.h": "certificates have dates",
     "server/net/tls.cc": "certificates have dates",
     "server/ops/call_spans.h": "OTLP has Unix time",

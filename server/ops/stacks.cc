@@ -16,7 +16,8 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "absl/time/clock.h"
+#include "absl/time/time.h"
+#include "kernels/base/instant.h"
 #include "kernels/base/mutex.h"
 
 namespace headstart {
@@ -56,17 +57,17 @@ void InstallHandler() {
   sigaction(StackSignal(), &action, nullptr);
 }
 
-bool WaitUntilWritten(absl::Time limit) {
-  const timespec until = absl::ToTimespec(limit);
+bool WaitUntilWritten(Instant limit) {
+  const timespec until = absl::ToTimespec(absl::FromChrono(limit.ToChrono().time_since_epoch()));
   int result = 0;
   do {
-    result = sem_clockwait(&written, CLOCK_REALTIME, &until);
+    result = sem_clockwait(&written, CLOCK_MONOTONIC, &until);
   } while (result != 0 && errno == EINTR);
   return result == 0;
 }
 
 // False when the thread does not answer. Then nobody may ask again if it has begun to write.
-bool Ask(pid_t thread, absl::Time limit) {
+bool Ask(pid_t thread, Instant limit) {
   wanted.store(thread);
   if (syscall(SYS_tgkill, getpid(), thread, StackSignal()) != 0) return false;  // it has ended
   if (WaitUntilWritten(limit)) return true;
@@ -106,7 +107,7 @@ std::string AllStacks(absl::Duration patience) {
     if (!absl::SimpleAtoi(task.path().filename().string(), &thread)) continue;
     if (wanted.load() < 0) wanted.store(0);
     absl::StrAppend(&out, "thread ", thread, " ", ReadLine(task.path() / "comm"), "\n");
-    if (Ask(thread, absl::Now() + patience)) {
+    if (Ask(thread, Instant::Now() + patience)) {
       AppendFrames(&out);
     } else if (wanted.load() < 0) {
       return out + "  began to answer and did not end: no more is asked for\n";

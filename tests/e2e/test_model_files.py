@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 from against_transformers import F32_LOGPROB, assert_f32_kv_close, assert_first_token, random_prompt, transformers_prefill
-from conftest import program
 from headstart.model_hash import model_hash
 from safetensors.torch import load_file, save_file
+from server_process import program
 from tiny_models import SIZES, save_random_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
