@@ -174,7 +174,7 @@ TEST_F(FetchEndTest, CallbacksAreCalledOneAtATime) {
     return absl::OkStatus();
   };
   Serve();
-  ASSERT_OK(Prefill());
+  ASSERT_OK(Prefill().status());
   EXPECT_EQ(last, static_cast<int64_t>(kv_.size()));
   EXPECT_THAT(layers, ::testing::UnorderedElementsAre(0, 1, 2));
 }

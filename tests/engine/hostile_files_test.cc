@@ -178,7 +178,7 @@ INSTANTIATE_TEST_SUITE_P(
              "config.json", "not a JSON object"},
         Case{"ConfigBeyondTheWeights",
              [](const Victim& v) {
-               v.EditJson("config.json", [](json& j) { j["num_hidden_layers"] = 4096; });
+               v.EditJson("config.json", [](json& j) { j["num_hidden_layers"] = 64; });
              },
              kSingle, "model.layers.1.input_layernorm.weight"},
         Case{"ConfigWithAHugeVocabulary",

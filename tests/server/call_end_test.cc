@@ -1,7 +1,7 @@
 // How calls end that do not simply run through, and that every end gives everything back (checked
 // after each test).
-#include <grpcpp/generic/generic_stub.h>
 #include <gmock/gmock.h>
+#include <grpcpp/generic/generic_stub.h>
 #include <gtest/gtest.h>
 
 #include <memory>
