@@ -21,12 +21,14 @@ from manifests import REPO
 def main():
     parser = load_arguments(__doc__, seconds=120)
     parser.add_argument("output", type=pathlib.Path)
-    parser.add_argument("flags", nargs="*", help="more flags of the server, behind --")
+    parser.add_argument("flags", nargs="*", help="more flags of the server, --name=value, behind --; before those of the load")
     options = parser.parse_args()
+    given = {flag.partition("=")[0] for flag in options.flags}
+    limits = [limit for limit in LIMITS if limit.partition("=")[0] not in given]
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         model = model_of(options, folder)
-        with Server(model, folder, "server", *LIMITS, *options.flags) as server, \
+        with Server(model, folder, "server", *limits, *options.flags) as server, \
                 Prometheus({"headstart": server.admin}, folder) as prometheus:
             load = load_of(options, server.target, model)
             time.sleep(options.seconds)
